@@ -1,0 +1,92 @@
+"""mpidl: distributed deep learning over the MPI that a cluster already has.
+
+Importing this package starts neither MPI nor torch: each public name is looked up in its module when it is first
+used (see `_HOME`). What the names mean stands in their modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` below does the same, later
+    from mpidl.communicator import Communicator, Request, world
+    from mpidl.errors import (
+        ArgumentError,
+        ClosedError,
+        DtypeError,
+        ExtensionError,
+        ForkedError,
+        LauncherError,
+        MismatchError,
+        MpidlError,
+        NoMPIError,
+        RankFailedError,
+        StalledError,
+    )
+    from mpidl.packing import Packed, pack, unpack
+    from mpidl.parameter_server.agn import AGN
+    from mpidl.parameter_server.downpour import Downpour
+    from mpidl.synchronous import Synchronous
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "world": "communicator",
+    "Communicator": "communicator",
+    "Request": "communicator",
+    "pack": "packing",
+    "unpack": "packing",
+    "Packed": "packing",
+    "Synchronous": "synchronous",
+    "Downpour": "parameter_server.downpour",
+    "AGN": "parameter_server.agn",
+    "MpidlError": "errors",
+    "ArgumentError": "errors",
+    "DtypeError": "errors",
+    "MismatchError": "errors",
+    "StalledError": "errors",
+    "RankFailedError": "errors",
+    "ClosedError": "errors",
+    "ForkedError": "errors",
+    "ExtensionError": "errors",
+    "NoMPIError": "errors",
+    "LauncherError": "errors",
+}
+
+__all__ = [
+    "AGN",
+    "ArgumentError",
+    "ClosedError",
+    "Communicator",
+    "Downpour",
+    "DtypeError",
+    "ExtensionError",
+    "ForkedError",
+    "LauncherError",
+    "MismatchError",
+    "MpidlError",
+    "NoMPIError",
+    "Packed",
+    "RankFailedError",
+    "Request",
+    "StalledError",
+    "Synchronous",
+    "__version__",
+    "pack",
+    "unpack",
+    "world",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'mpidl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

@@ -1,0 +1,146 @@
+"""The only importer of the compiled extension: loads it, calls it without the GIL, raises on bad statuses.
+
+What the calls do stands in csrc/mpidl.h. Nothing here knows an array: addresses and counts come checked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cffi
+
+from mpidl.errors import ArgumentError, DtypeError, ExtensionError
+
+_LIBRARY = Path(__file__).with_name("_mpidl.so")
+_INTERFACE = 1
+
+# As in csrc/mpidl.h.
+_ffi = cffi.FFI()
+_ffi.cdef(
+    """
+    typedef struct { int64_t count; double sum_of_squares; int32_t finite; } mpidl_packed;
+    int mpidl_gather(int64_t segments, const uintptr_t *addresses, const int64_t *counts,
+                     const int64_t *offsets, int source_dtype, uintptr_t flat, int flat_dtype,
+                     double scale, mpidl_packed *packed);
+    int mpidl_scatter(int64_t segments, const uintptr_t *addresses, const int64_t *counts,
+                      const int64_t *offsets, int target_dtype, uintptr_t flat, int flat_dtype, double scale,
+                      mpidl_packed *packed);
+    int mpidl_interface(void);
+    """
+)
+
+#: The code of every dtype that the extension knows.
+DTYPES = {
+    "float32": 0,
+    "float64": 1,
+    "float16": 2,
+    "bfloat16": 3,
+    "int8": 4,
+    "int16": 5,
+    "int32": 6,
+    "int64": 7,
+    "uint8": 8,
+    "uint16": 9,
+    "uint32": 10,
+    "uint64": 11,
+    "bool": 8,
+}
+
+_BAD_DTYPE, _BAD_SCALE, _BAD_COUNT, _BAD_ADDRESS = 1, 2, 3, 4
+
+
+@functools.cache
+def library() -> Any:
+    """The loaded extension.
+
+    Raises:
+        ExtensionError: it was never built, cannot be loaded, or belongs to another version of the package.
+    """
+    advice = "run `pip install .` (or `pip install -e .`) in mpidl's source tree, with a C compiler"
+    if not _LIBRARY.exists():
+        source = " (this is the source tree: it hides an installed mpidl from a Python that is started in it)"
+        here = source if (_LIBRARY.parents[1] / "setup.py").exists() else ""
+        raise ExtensionError(f"mpidl's extension {_LIBRARY} is missing{here}: {advice}")
+    try:
+        loaded = _ffi.dlopen(str(_LIBRARY))
+        found = loaded.mpidl_interface()
+    except (OSError, AttributeError) as error:
+        raise ExtensionError(f"mpidl's extension cannot be loaded ({error}): {advice}") from error
+    if found != _INTERFACE:
+        raise ExtensionError(f"mpidl's extension has interface {found}, not {_INTERFACE}: {advice}")
+    return loaded
+
+
+class Segments(NamedTuple):
+    """The frozen half of a segment table, as C arrays of int64."""
+
+    counts: Any
+    offsets: Any
+
+
+def segments(counts: Sequence[int], offsets: Sequence[int]) -> Segments:
+    """What `gather` and `scatter` take, made once."""
+    return Segments(_ffi.new("int64_t[]", counts), _ffi.new("int64_t[]", offsets))
+
+
+def gather(
+    table: Segments, addresses: Sequence[int], source_dtype: str, flat: int, flat_dtype: str, *, scale: float
+) -> tuple[int, float, bool]:
+    """Pack the segments at `addresses` into the buffer at `flat`.
+
+    Returns:
+        Elements written, the sum of their squares, whether all are finite.
+    """
+    packed = _ffi.new("mpidl_packed *")
+    arguments = _common(table, addresses, source_dtype, flat, flat_dtype)
+    status = library().mpidl_gather(*arguments, scale, packed)
+    if status:
+        _fail(status, source_dtype, flat_dtype, scale)
+    return packed.count, packed.sum_of_squares, bool(packed.finite)
+
+
+def scatter(
+    table: Segments, addresses: Sequence[int], target_dtype: str, flat: int, flat_dtype: str, *, scale: float
+) -> tuple[int, float, bool]:
+    """Unpack the buffer at `flat` into the segments at `addresses`; returns what `gather` does."""
+    packed = _ffi.new("mpidl_packed *")
+    arguments = _common(table, addresses, target_dtype, flat, flat_dtype)
+    status = library().mpidl_scatter(*arguments, scale, packed)
+    if status:
+        _fail(status, flat_dtype, target_dtype, scale)
+    return packed.count, packed.sum_of_squares, bool(packed.finite)
+
+
+def _common(
+    table: Segments, addresses: Sequence[int], dtype: str, flat: int, flat_dtype: str
+) -> tuple[int, Any, Any, Any, int, int, int]:
+    if len(addresses) != len(table.counts):
+        raise ArgumentError(f"addresses has {len(addresses)} entries, the table has {len(table.counts)}")
+    if "bool" in (dtype, flat_dtype) and dtype != flat_dtype:
+        raise DtypeError(f"bool is packed as bool only, found {dtype} and {flat_dtype}")  # 2 is no bool
+    pointers = _ffi.new("uintptr_t[]", addresses)
+    return len(addresses), pointers, table.counts, table.offsets, _code(dtype), flat, _code(flat_dtype)
+
+
+def _code(dtype: str) -> int:
+    return DTYPES.get(dtype, -1)
+
+
+def _fail(status: int, source: str, target: str, scale: float) -> None:
+    if status == _BAD_DTYPE:
+        raise DtypeError(
+            f"{source} cannot be packed as {target}: the dtypes must be equal, or one float32 and the other "
+            "bfloat16 or float16"
+        )
+    if status == _BAD_SCALE:
+        whole = "int" in source or source == "bool"
+        wanted = "exactly 1" if whole else "finite, and in float32 neither infinite nor vanishing"
+        raise ArgumentError(f"scale is {scale!r}; for {source} it must be {wanted}")
+    if status == _BAD_COUNT:
+        raise ArgumentError("a count or an offset is negative or too large")
+    if status == _BAD_ADDRESS:
+        raise ArgumentError("an address is null where there are elements")
+    raise ExtensionError(f"mpidl's extension returned the unknown status {status}")

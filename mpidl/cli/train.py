@@ -1,0 +1,131 @@
+"""`mpidl train`: what its arguments are and what its exit status says; the run itself stands in `mpidl.training`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from mpidl.cli.run import TERMINAL_VARIABLE
+from mpidl.training.settings import ALGORITHMS, Settings
+
+_positive = click.IntRange(min=1)
+
+
+@click.command("train")
+@click.argument("job", type=click.Path(path_type=Path))
+@click.argument("job_options", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--algorithm",
+    type=click.Choice(ALGORITHMS),
+    default="synchronous",
+    show_default=True,
+    help="synchronous: mean gradient by allreduce. downpour, agn: a parameter server by one-sided MPI.",
+)
+@click.option("--epochs", type=_positive, default=20, show_default=True, help="Passes over the training data.")
+@click.option("--batch-size", type=_positive, default=16, show_default=True, help="Samples per rank and step.")
+@click.option(
+    "--communication-window",
+    type=_positive,
+    default=3,
+    show_default=True,
+    help="Local steps per exchange with the parameter server; without effect in the synchronous way.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of model, order and dropout.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for metrics, checkpoint and summary.  [default: runs/JOB-ALGORITHM]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the outputs of an earlier run in --output.")
+@click.option("--log-every", type=_positive, default=10, show_default=True, help="Steps per line of metrics.")
+def command(  # noqa: PLR0917 - click passes each option by its name
+    job: Path,
+    job_options: tuple[str, ...],
+    algorithm: str,
+    epochs: int,
+    batch_size: int,
+    communication_window: int,
+    seed: int,
+    output: Path | None,
+    overwrite: bool,
+    log_every: int,
+) -> None:
+    """Train the job in the Python file JOB on the ranks that mpirun, srun or `mpidl run` started.
+
+    \b
+    Example:
+      mpidl run -n 4 -- mpidl train jobs/digits.py --algorithm downpour --epochs 12 --output runs/x -- --lr 0.1
+
+    A job does nothing when it is imported and has these functions:
+
+    \b
+      model() -> torch.nn.Module
+      loss(model, batch) -> Tensor          the mean over the batch
+      data(train: bool) -> Dataset
+      optimizer(parameters) -> Optimizer    optional; SGD, lr 0.05, momentum 0.9
+      accuracy(model, batch) -> number      optional; the mean over the batch
+      add_options(parser)                   optional; an argparse parser
+
+    What stands after `--` is parsed by the job's own parser; the result is set as `options` in the job's module
+    before its other functions are called. `-- --help` lists these options. `mpirun -n 4 python JOB ...` does the same
+    as `mpidl train JOB ...` if the job ends with `if __name__ == "__main__": mpidl.cli.run_job(__file__)`.
+
+    --output receives summary.json, checkpoint.pt (replaced at the end of every epoch, by rename; loads with
+    torch.load(..., weights_only=True)), and metrics.jsonl, or one metrics.<rank>.jsonl per worker if the algorithm
+    is asynchronous.
+
+    \b
+    Exit status:
+      0   trained to the end
+      2   refused before training; one sentence says why
+      75  stopped on request (SIGUSR1, or Ctrl-C): every rank ended its step, checkpoint and summary are written
+    """
+    settings = Settings(
+        job=job,
+        output=output or Path("runs") / f"{job.stem}-{algorithm}",
+        algorithm=algorithm,
+        epochs=epochs,
+        batch_size=batch_size,
+        communication_window=communication_window,
+        seed=seed,
+        overwrite=overwrite,
+        log_every=log_every,
+        job_options=job_options,
+        command=shlex.join(sys.argv),
+        terminal_columns=_columns(),
+    )
+    raise SystemExit(_train(settings))
+
+
+def _columns() -> int | None:
+    """The width of the terminal behind mpirun's pipe, as `mpidl run` saw it."""
+    text = os.environ.get(TERMINAL_VARIABLE, "")
+    return int(text) if text.isdigit() and int(text) > 0 else None
+
+
+def _train(settings: Settings) -> int:
+    from mpidl import runtime
+    from mpidl.training.stop import StopRequest
+
+    stop = StopRequest()
+    runtime.on_stop_signal(stop.ask)  # before torch is imported: seconds in which a signal would kill
+
+    import mpidl
+    from mpidl.training import session
+    from mpidl.training.agreement import RefusedError
+    from mpidl.training.job import HelpAskedError
+
+    try:
+        return session.run(settings, stop)
+    except RefusedError:
+        if mpidl.world().rank == 0:
+            raise
+        return 2  # every rank has the same message: one prints it
+    except HelpAskedError as asked:
+        if mpidl.world().rank == 0:
+            click.echo(asked.text)
+        return 0

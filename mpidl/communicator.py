@@ -1,0 +1,264 @@
+"""The public face of mpidl's collectives: `world`, `Communicator`, `Request`.
+
+Arrays go in and arrays come out; the steps of each call stand in `operations`, MPI itself behind `topology`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from mpidl import leaving, operations, runtime, topology
+from mpidl.errors import ArgumentError
+from mpidl.operations import Steps
+from mpidl.topology import Topology
+from mpidl.waiting import Watch
+
+_world: Communicator | None = None
+
+
+def world(servers: int = 0) -> Communicator:
+    """Returns the communicator of all ranks that the launcher started; the first call starts MPI.
+
+    The first call is a collective over all ranks: it duplicates MPI.COMM_WORLD, finds out which ranks share a node, and
+    gives torch this rank's fair part of the cores. Later calls return the same object.
+
+    Args:
+        servers: how many of the last ranks only serve; must be 0 in this version: every rank works and holds a shard.
+
+    Raises:
+        ArgumentError: `servers` is not 0.
+        ForkedError: called in a child process.
+        NoMPIError: no MPI library was found.
+    """
+    global _world
+    if servers != 0:
+        raise ArgumentError(f"servers={servers!r}: this version has no dedicated servers; expected 0")
+    runtime.mpi()  # refuses forked children even when the world is cached
+    if _world is None:
+        ranks = topology.start_world()
+        runtime.set_torch_threads(ranks.ranks_on_my_cores())
+        _world = Communicator._over(ranks)
+    return _world
+
+
+class Communicator:
+    """A group of ranks and its collectives, on numpy arrays and torch tensors in host memory.
+
+    Every method except the attributes is a collective: all ranks of the communicator make the same calls in the same
+    order. What comes back is of the kind and dtype of what went in, and detached. float16 and bfloat16 are reduced in
+    float32. A call that differs between ranks raises `MismatchError` on all of them; a rank that never comes makes the
+    others raise `StalledError`. Calls from several threads at once are not supported.
+
+    Args:
+        mpi_comm: an `mpi4py.MPI.Intracomm`; it is duplicated, and stays the caller's. The constructor is a collective.
+
+    Raises:
+        ArgumentError: it is MPI.COMM_NULL or an intercommunicator, or a variable of the environment makes no sense.
+        DtypeError: it is no communicator of mpi4py.
+
+    Attributes:
+        rank: this rank, from 0 to size - 1.
+        size: number of ranks.
+        nodes: number of nodes over which the ranks are spread.
+        node: communicator of the ranks that share this rank's node and memory.
+        lane: communicator of the ranks that stand at this rank's place within their own nodes.
+    """
+
+    def __init__(self, mpi_comm: Any) -> None:
+        self._set_up(topology.start(mpi_comm, getattr(mpi_comm, "name", "") or "a communicator"))
+
+    @classmethod
+    def _over(cls, ranks: Topology) -> Communicator:
+        made = cls.__new__(cls)
+        made._set_up(ranks)
+        return made
+
+    def _set_up(self, ranks: Topology) -> None:
+        self._topology = ranks
+        self._queue: deque[Request] = deque()
+        self.rank, self.size = ranks.rank, ranks.size
+        self.nodes = len(set(ranks.placement.nodes))
+        self._parts: list[Communicator] = []
+        self.node = self._part(ranks.node_ranks(), "node", 1)
+        self.lane = self._part(ranks.lane_ranks(), "lane", 2)
+
+    def _part(self, ranks: tuple[int, ...], name: str, tag: int) -> Communicator:
+        """A part as large as the whole is the whole: so the node of a node is itself."""
+        if len(ranks) == self.size:
+            return self
+        part = Communicator._over(self._topology.subset(ranks, f"{name} of {self._topology.name}", tag))
+        self._parts.append(part)
+        return part
+
+    @property
+    def topology(self) -> Topology:
+        """The ranks as the floors above this one use them."""
+        return self._topology
+
+    def allreduce(self, x: Any, op: str = "sum", out: Any = None) -> Any:
+        """Reduces the arrays of all ranks element by element and returns the result on every rank.
+
+        Args:
+            x: array of any shape; non-contiguous input is copied first.
+            op: "sum", "mean" (divided by `size` after the sum, in the accumulator), "min", "max" or "prod".
+            out: array like x for the result; `out=x` works in place.
+
+        Returns:
+            `out`, or a new array like x.
+
+        Raises:
+            ArgumentError: op is unknown, or out does not fit x or is read-only.
+            DtypeError: the dtype cannot be reduced by op; integers have no mean.
+            MismatchError: another rank made a different call.
+            StalledError: another rank did not come.
+        """
+        return self._start("allreduce", operations.allreduce(self._topology, x, op, out)).wait()
+
+    def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
+        """Starts `allreduce` and returns at once; x and out must not be touched until the request has completed."""
+        return self._start("iallreduce", operations.allreduce(self._topology, x, op, out))
+
+    def reduce(self, x: Any, op: str = "sum", root: int = 0, out: Any = None) -> Any:
+        """Like `allreduce`, with the result on rank `root` only; the others get None."""
+        return self._start("reduce", operations.reduce(self._topology, x, op, root, out)).wait()
+
+    def reduce_scatter(self, x: Any, op: str = "sum") -> Any:
+        """Reduces the arrays of all ranks and leaves each rank one block of the result.
+
+        Args:
+            x: array whose first dimension, a multiple of `size`, is cut into `size` equal blocks.
+            op: as in `allreduce`.
+
+        Returns:
+            Block number `rank` of the reduced array: shape (x.shape[0] / size, ...).
+        """
+        return self._start("reduce_scatter", operations.reduce_scatter(self._topology, x, op)).wait()
+
+    def broadcast(self, x: Any, root: int = 0) -> Any:
+        """Copies root's array into the x of every rank, in place, and returns x; any dtype."""
+        return self._start("broadcast", operations.broadcast(self._topology, x, root)).wait()
+
+    def allgather(self, x: Any) -> Any:
+        """Returns the arrays of all ranks, alike in shape, stacked in rank order: shape (size, *x.shape); any dtype."""
+        return self._start("allgather", operations.allgather(self._topology, x)).wait()
+
+    def alltoall(self, x: Any) -> Any:
+        """Sends block r of x to rank r and returns the blocks received, in rank order; any dtype.
+
+        Args:
+            x: array whose first dimension, a multiple of `size`, is cut into `size` equal blocks.
+        """
+        return self._start("alltoall", operations.alltoall(self._topology, x)).wait()
+
+    def barrier(self) -> None:
+        """Returns when all ranks have come."""
+        self._start("barrier", operations.barrier(self._topology)).wait()
+
+    def free(self) -> None:
+        """Gives the communicator back to MPI, with its node and lane; a collective.
+
+        Raises:
+            ArgumentError: a request is still under way, or this is `mpidl.world()`, which lives as long as MPI.
+        """
+        if self._queue:
+            raise ArgumentError(f"free: {len(self._queue)} request(s) still under way; wait for them first")
+        if self is _world:
+            raise ArgumentError("free: mpidl.world() lives as long as MPI")
+        for part in self._parts:
+            part.free()
+        self._topology.free()
+
+    def __repr__(self) -> str:
+        return f"<mpidl.Communicator {self._topology.name}: rank {self.rank} of {self.size}, nodes {self.nodes}>"
+
+    def _start(self, name: str, steps: Steps) -> Request:
+        runtime.mpi()  # refuses forked children
+        request = Request(self, name, steps)
+        self._queue.append(request)
+        self._advance()
+        return request
+
+    def _advance(self, *, block: bool = False, until: Request | None = None) -> None:
+        """Drives the calls in the order in which they were made: the next starts when the one before has ended.
+
+        That order is the same on all ranks, so no call's messages can be taken for another's, whichever request the
+        user waits for first.
+        """
+        while self._queue and (until is None or not until.done):
+            front = self._queue[0]
+            if not front.step(block=block, look=until is not None):
+                return
+            self._queue.popleft()
+
+
+class Request:
+    """A call under way; it owns its buffers until it has completed."""
+
+    def __init__(self, communicator: Communicator, name: str, steps: Steps) -> None:
+        self._communicator = communicator
+        self._topology = communicator.topology
+        self._name = name
+        self._steps: Steps | None = steps
+        self._sequence = 0
+        self._pending: Any = None
+        self._watch: Watch | None = None
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._token = leaving.opened(f"a call of {name} on {self._topology.name}")
+        self.done = False
+
+    def test(self) -> bool:
+        """Returns whether the call has completed, moving it on without blocking."""
+        self._communicator._advance(until=self)
+        return self.done
+
+    def wait(self) -> Any:
+        """Returns the call's result when it has completed; raises what the call raises."""
+        self._communicator._advance(block=True, until=self)
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def step(self, *, block: bool, look: bool) -> bool:
+        """Moves the call on; returns whether it has completed. Called by the communicator, in order.
+
+        Args:
+            block: wait until it has.
+            look: the user waits for it, if only by testing again and again: look around for who is missing.
+        """
+        try:
+            if self._sequence == 0:
+                self._sequence = self._topology.begin()
+                self._resume()
+            while not self.done:
+                if not self._pending.Test():
+                    if not look:
+                        return False
+                    self._watch = self._watch or self._topology.watch(self._name, self._sequence)
+                    if not block:
+                        self._watch.look()
+                        return False
+                    self._watch.wait(self._pending)
+                self._pending = None
+                self._resume()
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            if interrupted or self._pending is not None:  # MPI may still write into what the steps and the error hold
+                self._topology.channel.give_up(self._name, (self._pending, self._steps, error))
+            self._end(None, error)
+            if interrupted:
+                raise
+        return True  # wait() raises what was caught
+
+    def _resume(self) -> None:
+        assert self._steps is not None
+        try:
+            self._pending = next(self._steps)
+        except StopIteration as stop:
+            self._end(stop.value, None)
+
+    def _end(self, result: Any, error: BaseException | None) -> None:
+        self.done, self._result, self._error = True, result, error
+        self._steps = self._pending = None
+        leaving.closed(self._token)

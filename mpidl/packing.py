@@ -1,0 +1,183 @@
+"""`pack` and `unpack`: many tensors of one dtype into one flat buffer and back, scaled and cast on the way.
+
+For bulk callers `Table`: one call of the extension for a whole bucket. The numpy reference stands beside, in
+packing_reference.py; which tensors form a bucket is layout.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from mpidl import _native, arrays
+from mpidl.arrays import ArrayView
+from mpidl.errors import ArgumentError, DtypeError
+
+
+class Packed(NamedTuple):
+    """What a call has written: elements, sum of squares (after scale and cast), whether all are finite."""
+
+    count: int  # type: ignore[assignment]  # the field is wanted more than tuple's method
+    sum_of_squares: float
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """How segments lie in a flat buffer: `counts[s]` elements at offset `offsets[s]`, both in elements.
+
+    The addresses come with each call and are trusted: each must lead to `counts[s]` elements, apart from the
+    buffer, in memory that the caller keeps alive. Autograd is not told of what is written.
+    """
+
+    counts: tuple[int, ...]
+    offsets: tuple[int, ...]
+    _segments: _native.Segments = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.counts) != len(self.offsets):
+            raise ArgumentError(f"offsets has {len(self.offsets)} entries, counts has {len(self.counts)}")
+        if min((*self.counts, *self.offsets), default=0) < 0:
+            raise ArgumentError("counts and offsets must not be negative")
+        end = 0
+        for offset, count in sorted(zip(self.offsets, self.counts, strict=True)):
+            if count and offset < end:
+                raise ArgumentError(f"offsets: the segment at {offset} overlaps the one that ends at {end}")
+            end = max(end, offset + count)
+        object.__setattr__(self, "_segments", _native.segments(self.counts, self.offsets))
+
+    @property
+    def extent(self) -> int:
+        """Elements that the flat buffer must have at least."""
+        return max(map(sum, zip(self.offsets, self.counts, strict=True)), default=0)
+
+    def gather(
+        self,
+        addresses: Sequence[int],
+        source_dtype: str,
+        out_address: int,
+        out_dtype: str,
+        scale: float = 1.0,
+    ) -> Packed:
+        """Pack the segments at `addresses` into the buffer at `out_address`."""
+        return Packed(*_native.gather(self._segments, addresses, source_dtype, out_address, out_dtype, scale=scale))
+
+    def scatter(
+        self,
+        addresses: Sequence[int],
+        target_dtype: str,
+        flat_address: int,
+        flat_dtype: str,
+        scale: float = 1.0,
+    ) -> Packed:
+        """Unpack the buffer at `flat_address` into the segments at `addresses`."""
+        return Packed(*_native.scatter(self._segments, addresses, target_dtype, flat_address, flat_dtype, scale=scale))
+
+
+def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packed:
+    """Copy tensors, each in C order, one after the other into a flat buffer: cast(element * scale).
+
+    The product is in float64 for float64 and in float32 otherwise; the cast is to nearest, ties to even. At
+    scale 1 and equal dtypes the bytes are copied unchanged.
+
+    Args:
+        tensors: arrays of one dtype, of any shapes and strides.
+        out: 1-D, contiguous, at least as many elements as all tensors; of their dtype, or float32 for float16
+            and bfloat16, or one of these for float32. What lies beyond is not touched.
+        scale: finite; exactly 1 for integers and bool.
+
+    Raises:
+        DtypeError: not arrays, or dtypes that cannot be packed so.
+        ArgumentError: an argument that cannot work: too short, read-only, strided, overlapping, not on cpu.
+    """
+    views = _views(tensors)
+    flat = _flat(out, "out", views)
+    if not flat.writable:
+        raise ArgumentError("out is read-only")
+    _check_apart(views, flat, "out")
+    dense = [one if one.contiguous else arrays.view(arrays.contiguous(one.owner)) for one in views]
+    addresses = [one.address for one in dense]
+    packed = _table(dense).gather(addresses, _dtype(views, flat), flat.address, flat.dtype, scale)
+    arrays.mark_written(flat)
+    return packed
+
+
+def unpack(flat: object, tensors: Iterable[object], *, scale: float = 1.0) -> Packed:
+    """Copy a flat buffer back into tensors, the reverse of `pack`.
+
+    Args:
+        flat: as `out` of `pack`, but only read.
+        tensors: writable arrays that do not overlap; otherwise as in `pack`.
+        scale: as in `pack`.
+
+    Raises:
+        DtypeError, ArgumentError: as `pack`.
+    """
+    views = _views(tensors)
+    source = _flat(flat, "flat", views)
+    for i, one in enumerate(views):
+        if not one.writable:
+            raise ArgumentError(f"tensors[{i}] is read-only or has several elements in one place")
+    _check_apart(views, source, "flat")
+    _check_apart_from_each_other(views)
+    dense = [one if one.contiguous else arrays.view(arrays.empty_like(one.owner)) for one in views]
+    addresses = [one.address for one in dense]
+    packed = _table(dense).scatter(addresses, _dtype(views, source), source.address, source.dtype, scale)
+    for one, temporary in zip(views, dense, strict=True):
+        if one is temporary:
+            arrays.mark_written(one)
+        else:
+            arrays.copy_into(one.owner, temporary.owner)
+    return packed
+
+
+def _table(views: Sequence[ArrayView]) -> Table:
+    counts = tuple(one.count for one in views)
+    return Table(counts, tuple(accumulate(counts, initial=0))[:-1])
+
+
+def _dtype(views: Sequence[ArrayView], flat: ArrayView) -> str:
+    return views[0].dtype if views else flat.dtype
+
+
+def _views(tensors: Iterable[object]) -> list[ArrayView]:
+    if hasattr(tensors, "dtype") or not isinstance(tensors, Iterable):
+        raise DtypeError(f"tensors must be a sequence of arrays, not a single {type(tensors).__qualname__}")
+    views = [arrays.view(tensor, f"tensors[{i}]") for i, tensor in enumerate(tensors)]
+    for i, one in enumerate(views):
+        if one.dtype != views[0].dtype:
+            raise DtypeError(f"tensors[{i}] holds {one.dtype}, tensors[0] {views[0].dtype}: pack them apart")
+        if one.dtype not in _native.DTYPES:
+            raise DtypeError(f"tensors[{i}] holds {one.dtype}, which cannot be packed")
+        if one.device != "cpu":
+            raise ArgumentError(f"tensors[{i}] is on {one.device}: packing runs on cpu only in this version")
+    return views
+
+
+def _flat(x: object, name: str, views: Sequence[ArrayView]) -> ArrayView:
+    flat = arrays.view(x, name)
+    needed = sum(one.count for one in views)
+    if flat.device != "cpu":
+        raise ArgumentError(f"{name} is on {flat.device}: packing runs on cpu only in this version")
+    if len(flat.shape) != 1 or not flat.contiguous:
+        raise ArgumentError(f"{name} must be 1-D and contiguous, it has shape {flat.shape}")
+    if flat.count < needed:
+        raise ArgumentError(f"{name} has {flat.count} elements, the tensors have {needed}")
+    return flat
+
+
+def _check_apart(views: Sequence[ArrayView], flat: ArrayView, name: str) -> None:
+    low, high = arrays.extent(flat)
+    for i, one in enumerate(views):
+        first, last = arrays.extent(one)
+        if one.count and first < high and low < last:
+            raise ArgumentError(f"tensors[{i}] overlaps {name} in memory")
+
+
+def _check_apart_from_each_other(views: Sequence[ArrayView]) -> None:
+    spans = sorted((*arrays.extent(one), i) for i, one in enumerate(views) if one.count)
+    for (_, end, i), (start, _, k) in pairwise(spans):
+        if start < end:
+            raise ArgumentError(f"tensors[{min(i, k)}] and tensors[{max(i, k)}] overlap in memory")

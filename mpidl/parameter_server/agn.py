@@ -1,0 +1,29 @@
+"""AGN, accumulated gradient normalisation (Hermans' thesis, chapter 3): workers commit the mean of their local moves.
+
+dist-keras calls this rule ADAG; in mpidl ADAG is the rule of the thesis' chapter 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpidl.parameter_server.worker import Worker
+
+
+class AGN(Worker):
+    """Commits the mean of the local steps' moves: (theta_lambda - theta_0) / lambda; the center adds it.
+
+    A shorter last window is divided by its real length. With `communication_window=1` this is `Downpour`. A window of
+    about 0.64 times the number of workers or more keeps the center stable. Source: thesis Eq. 3.1; Hermans et al.,
+    *Accumulated Gradient Normalization*, ACML 2017.
+
+    Args and errors as `Worker`.
+    """
+
+    def _rule(self, moved: np.ndarray[Any, Any], steps: int) -> np.ndarray[Any, Any]:
+        return moved if steps == 1 else np.divide(moved, steps, out=moved)
+
+    def _commits_the_move(self, steps: int) -> bool:
+        return steps == 1

@@ -1,0 +1,24 @@
+"""Which rank holds which elements of the flat center variable; pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_ALIGNMENT = 64  # elements; a shard begins on a cache line and pieces of it on vector boundaries
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A contiguous part of the center variable: elements [start, start + count) lie on rank `owner`."""
+
+    owner: int
+    start: int
+    count: int
+
+
+def shard(count: int, owners: int) -> tuple[Shard, ...]:
+    """Cuts `count` elements into one shard per owner, in order, equal but for rounding; late ones may be empty."""
+    size = -(-count // owners)
+    size = -(-size // _ALIGNMENT) * _ALIGNMENT
+    starts = [min(count, owner * size) for owner in range(owners + 1)]
+    return tuple(Shard(owner, starts[owner], starts[owner + 1] - starts[owner]) for owner in range(owners))

@@ -1,0 +1,296 @@
+"""Reduces gradients during backward: hooks, buckets, their launch order, and the end of backward.
+
+One backward pass is one round: header, buckets 0, 1, 2, ... in that order on every rank, then a trailer that says which
+parameters were used anywhere and which buckets must be done again. A parameter hook packs its gradient and moves on
+whatever is ready, and never blocks; the callback at the end of backward waits. Gradients are written back only there,
+so that until then `p.grad` holds this rank's own sum, and a bucket whose gradient grew after it was sent (reentrant
+checkpointing, a parameter reached twice) can simply be sent again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpidl import leaving
+from mpidl.bucket_memory import BucketMemory
+from mpidl.errors import ArgumentError, ClosedError, DtypeError
+from mpidl.layout import Tensor, buckets
+from mpidl.state import Named, dtype_name
+from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader
+from mpidl.topology import Topology
+
+
+@dataclass
+class Statistics:
+    """What synchronous training did so far on this rank."""
+
+    steps: int = 0  # optimiser steps
+    rounds: int = 0  # reductions of all gradients
+    bytes: int = 0  # gradient bytes that this rank gave to reductions, in the dtype in which they are summed
+    seconds_communicating: float = 0.0  # time spent in hooks and at the end of backward
+    nonfinite_rounds: int = 0  # rounds in which some rank's gradient held an infinity or a NaN
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class _Round:
+    """One backward pass."""
+
+    get_header: Callable[[bool], Header | None]
+    weight: int
+    header: Header | None = None
+    launched: int = 0  # buckets
+    fired: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)  # buckets that changed after they were launched
+    finite: bool = True
+
+    def restart(self) -> None:
+        """Forgets this rank's gradients; what was launched with them must be done again."""
+        self.late.update(range(self.launched))
+        self.fired.clear()
+        self.finite = True
+
+
+class Reducer:
+    """Makes `p.grad` the mean over all ranks at the end of each backward pass.
+
+    Args:
+        ranks: a topology of the optimiser's own.
+        named: parameters to reduce, with their names, in an order equal on all ranks.
+        bucket_nbytes: size of a bucket in bytes.
+        statistics: where to count.
+    """
+
+    def __init__(self, ranks: Topology, named: Named, bucket_nbytes: int, statistics: Statistics) -> None:
+        self._ranks = ranks
+        self._names = [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        tensors = [Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named]
+        cut = buckets(tensors, bucket_nbytes)
+        self._memories = [BucketMemory(bucket, self._parameters) for bucket in cut]
+        self._home = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
+        layout_hash = 0
+        for bucket in cut:
+            layout_hash = (layout_hash * 31 + bucket.layout.fingerprint()) % 2**62
+        self._header = StepHeader(ranks, layout_hash)
+        self._statistics = statistics
+        self._round: _Round | None = None
+        self._unsynced: set[int] = set()
+        self._sequence = 0
+        self.uneven: int | None = None  # a rank whose parameters are the newest, once some rank stepped alone
+        self.synchronising = True
+        self.samples: int | None = None
+        self.wish_to_stop = self.stopping = False
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda _, i=i: self._on_gradient(i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(self._parameters)
+        ]
+        self._armed: int | None = None
+
+    # Hooks.
+
+    def before_forward(self) -> None:
+        """Forgets what an interrupted backward left behind: the next one takes its place in the same round.
+
+        The others may wait for that round already, so it is gone on with; but no gradient of the interrupted backward
+        may count, since the user has thrown them away.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return  # recomputed inside a backward (checkpointing): nothing was interrupted
+        self._armed = None
+        if self._round is not None:
+            self._round.restart()
+            for memory in self._memories[self._round.launched :]:
+                memory.packed.clear()
+
+    def arm(self) -> None:
+        """Makes the running backward call `_end_of_backward`; called from inside backward, harmless when repeated.
+
+        The first caller decides at whose end that is. A hook on the model's output sees the outermost backward, a
+        parameter inside a reentrant checkpoint only a nested one, so the output's hook should come first.
+        """
+        if self._armed is None:
+            self._armed = torch._C._current_graph_task_id()
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._end_of_backward)
+
+    def _on_gradient(self, index: int) -> None:
+        gradient = self._parameters[index].grad
+        if gradient is None:
+            return
+        if gradient.layout != torch.strided:
+            raise DtypeError(f"parameter {self._names[index]} has a sparse gradient, which cannot be reduced")
+        if not self.synchronising:
+            self._unsynced.add(index)
+            return
+        started = time.perf_counter()
+        self.arm()
+        if self._round is None:
+            self._round = self._begin(STEPPING)
+        number = self._home[index]
+        self._round.fired.add(index)
+        if number < self._round.launched:
+            self._round.late.add(number)
+        else:
+            self._pack(self._round, index)
+            self._advance(self._round)
+        self._statistics.seconds_communicating += time.perf_counter() - started
+
+    def _end_of_backward(self) -> None:
+        self._armed = None
+        if self._round is None:
+            return  # `no_sync`, or a backward that reached no parameter
+        started = time.perf_counter()
+        now = self._round
+        self._complete(now, now.fired | self._accumulated())
+        self._unsynced.clear()
+        self._statistics.seconds_communicating += time.perf_counter() - started
+
+    # A round.
+
+    def _begin(self, state: int) -> _Round:
+        self._sequence += 1
+        if leaving.thread_failure() is not None:
+            state = FAILED
+        weight = 0 if state == FINISHED else 1 if self.samples is None else self.samples
+        for memory in self._memories:
+            memory.packed.clear()
+        steps = self._statistics.steps
+        return _Round(self._header.start(state, self.samples, steps, self.wish_to_stop), weight)
+
+    def _pack(self, now: _Round, index: int) -> None:
+        gradient = self._parameters[index].grad
+        now.finite &= self._memories[self._home[index]].pack(index, gradient, now.weight)
+
+    def _advance(self, now: _Round) -> None:
+        """Launches every full bucket whose turn it is, once the header is there, and lets MPI move those under way."""
+        if now.header is None:
+            now.header = now.get_header(False)
+            if now.header is None:
+                return
+        while now.launched < len(self._memories):
+            memory = self._memories[now.launched]
+            if not memory.full:
+                break
+            self._launch(memory)
+            now.launched += 1
+        for memory in self._memories[: now.launched]:
+            memory.advance()
+
+    def _launch(self, memory: BucketMemory) -> None:
+        memory.launch(self._ranks)
+        self._statistics.bytes += memory.nbytes
+
+    def _complete(self, now: _Round, used: set[int]) -> Header:
+        """Ends a round: the rest is launched, waited for, done again where late, and written back."""
+        header = now.header or now.get_header(True)
+        assert header is not None
+        self.stopping = self.stopping or header.stopping
+        if not header.stepping:
+            self._round = None
+            return header
+        if header.total <= 0:
+            raise ArgumentError("samples: all ranks gave 0 samples, so there is no mean to take")
+        for memory in self._memories[now.launched :]:
+            for index in memory.bucket.members:
+                if index not in memory.packed:
+                    self._pack(now, index)
+            self._launch(memory)
+        now.launched = len(self._memories)
+        for memory in self._memories:
+            memory.wait(self._ranks)
+        used_anywhere = self._trailer(now, used if now.weight else set())
+        if self._ranks.rank in header.stepping:
+            self._write_back(used_anywhere, header.total)
+        self._statistics.rounds += 1
+        if len(header.stepping) < self._ranks.size:
+            self.uneven = header.stepping[0]
+        self._round = None
+        return header
+
+    def _trailer(self, now: _Round, used: set[int]) -> np.ndarray[Any, Any]:
+        """Agrees on used parameters, late buckets and non-finite gradients; does the late buckets again."""
+        count = len(self._parameters)
+        flags = np.zeros(count + len(self._memories) + 1, np.uint8)
+        flags[list(used)] = 1
+        flags[[count + number for number in now.late]] = 1
+        flags[-1] = not now.finite
+        agreed = np.empty_like(np.packbits(flags))
+        sequence = self._ranks.begin()
+        mine = np.packbits(flags)
+        self._ranks.wait(self._ranks.start_words_or(mine, agreed), "the end of a synchronised step", sequence)
+        flags = np.unpackbits(agreed, count=flags.size)
+        again = [m for number, m in enumerate(self._memories) if flags[count + number]]
+        for memory in again:
+            for index in memory.bucket.members:
+                self._pack(now, index)
+            self._launch(memory)
+        for memory in again:
+            memory.wait(self._ranks)
+        self._statistics.nonfinite_rounds += int(flags[-1])
+        return flags[:count]
+
+    def _write_back(self, used: np.ndarray[Any, Any], total: int) -> None:
+        for memory in self._memories:
+            memory.divide(total)
+        for index, parameter in enumerate(self._parameters):
+            if not used[index]:
+                continue  # used by nobody: its gradient, mostly None, stays what it was
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter, requires_grad=False)
+            self._memories[self._home[index]].unpack(index, parameter.grad)
+
+    # For the optimiser above.
+
+    def check_whole(self, what: str) -> None:
+        """Refuses `what` after a backward that was interrupted half-way: the others still wait for the rest of it.
+
+        Raises:
+            ClosedError: it was.
+        """
+        if self._round is not None:
+            raise ClosedError(
+                f"{what}: the last backward was interrupted during its reduction, for which the other ranks wait; "
+                "repeat the forward and backward first, or let this rank end"
+            )
+
+    def check_steppable(self) -> None:
+        """Refuses an optimiser step on gradients that were never reduced.
+
+        Raises:
+            ClosedError: a backward was interrupted half-way.
+            ArgumentError: gradients were accumulated under `no_sync` only.
+        """
+        self.check_whole("step")
+        unsynced = self._accumulated()
+        if unsynced:
+            names = ", ".join(self._names[i] for i in sorted(unsynced)[:3])
+            raise ArgumentError(
+                f"step: {len(unsynced)} gradient(s) were accumulated under no_sync() and never reduced ({names}, "
+                "...); run the last backward of a step outside no_sync()"
+            )
+
+    def _accumulated(self) -> set[int]:
+        """Returns the parameters with a gradient from `no_sync`; `zero_grad` may have thrown some away since."""
+        return {index for index in self._unsynced if self._parameters[index].grad is not None}
+
+    def join(self) -> None:
+        """Answers the others' rounds without samples of its own until every rank has come here."""
+        while True:
+            self.samples = None
+            if not self._complete(self._begin(FINISHED), set()).stepping:
+                return
+
+    def close(self) -> None:
+        """Takes the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,161 @@
+"""Synchronous SGD: every rank's `p.grad` becomes the mean over all ranks at the end of backward.
+
+The step itself is the user's own optimiser's; the reduction stands in `reducer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from mpidl import state
+from mpidl.communicator import Communicator
+from mpidl.errors import ArgumentError
+from mpidl.optimizer import DistributedOptimizer
+from mpidl.reducer import Reducer, Statistics
+
+
+class Synchronous(DistributedOptimizer):
+    """Allreduce-based synchronous SGD over any torch optimiser (mini-batch parallelism; Goyal et al. 2017).
+
+    After `backward()` each parameter's `grad` is the mean of all ranks' gradients, so that clipping, logging,
+    GradScaler and several backward calls per step work unchanged. With a loss that is a mean, n ranks with a batch of m
+    each take the step that one rank takes with the n*m samples together. A parameter that was used on no rank keeps
+    its gradient (mostly None); one used on some ranks gets the mean over all of them.
+
+    Args:
+        optimizer: holds parameters of `model` only; alike on all ranks, hyperparameters too.
+        model: its parameters and buffers are broadcast from rank 0, in place, and so is the optimiser's state. Backward
+            must run on what calling this module returned, or reach its parameters directly.
+        comm: who trains together; default `mpidl.world()`.
+        bucket_cap_mb: gradients are reduced in buckets of at most this many MiB while backward goes on.
+        buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
+
+    Raises:
+        ArgumentError: optimiser and model do not belong together, or an argument cannot work; alike on all ranks.
+        DtypeError: a parameter is not floating, not in host memory, or gets sparse gradients.
+        MismatchError: the ranks gave different models, optimisers or arguments.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        comm: Communicator | None = None,
+        bucket_cap_mb: float = 25,
+        buffers: str = "mean",
+    ) -> None:
+        self._bucket_cap_mb = bucket_cap_mb
+        error = None
+        if not isinstance(bucket_cap_mb, int | float) or not 0 < bucket_cap_mb < math.inf:
+            error = ArgumentError(f"bucket_cap_mb={bucket_cap_mb!r}; expected a number of MiB above 0")
+        super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
+        self.statistics = Statistics()
+        nbytes = max(1, int(bucket_cap_mb * 2**20))
+        self._reducer = Reducer(self._ranks, self._held, nbytes, self.statistics)
+        self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
+
+    def _broadcast(self) -> None:
+        super()._broadcast()
+        state.broadcast_optimizer(self._ranks, self._inner, 0)
+
+    def _describe(self) -> dict[str, Any]:
+        own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers}
+        return own | state.describe_optimizer(self._inner, self._model)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Takes the inner optimiser's step; the gradients are already the means.
+
+        Raises:
+            ArgumentError: a closure was given, or gradients were accumulated under `no_sync` only.
+            ClosedError: `finish()` was called, or a backward was interrupted half-way.
+        """
+        self._refuse(closure)
+        self._reducer.check_steppable()
+        self._inner.step()
+        self.statistics.steps += 1
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward inside accumulates this rank's own gradients only; the next one outside reduces the sum."""
+        before, self._reducer.synchronising = self._reducer.synchronising, False
+        try:
+            yield
+        finally:
+            self._reducer.synchronising = before
+
+    @contextmanager
+    def samples(self, count: int) -> Iterator[None]:
+        """Backward inside weighs this rank's gradient by its number of samples, for batches that differ in size.
+
+        Use it on all ranks or on none. What was accumulated under `no_sync` is weighed along with it.
+
+        Args:
+            count: samples behind this rank's mean loss; 0 leaves this rank out of the mean.
+        """
+        if not isinstance(count, int) or count < 0:
+            raise ArgumentError(f"samples({count!r}): expected a whole number of samples, 0 or more")
+        before, self._reducer.samples = self._reducer.samples, count
+        try:
+            yield
+        finally:
+            self._reducer.samples = before
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clips the norm of all gradients together, as torch's function of that name; returns the norm before."""
+        return torch.nn.utils.clip_grad_norm_([p for _, p in self._held], max_norm)
+
+    def request_stop(self) -> None:
+        """Notes this rank's wish to stop; after the next backward `stopping` is True on every rank."""
+        self._reducer.wish_to_stop = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether some rank wished to stop before the last backward; equal on all ranks."""
+        return self._reducer.stopping
+
+    def finish(self) -> None:
+        """Ends training; a collective, harmless the second time.
+
+        A rank that comes early answers the others' steps without samples of its own until all are there (torch calls
+        this Join). If batches were uneven, the parameters and the optimiser's state of a rank that stepped last are
+        then copied to all, so that every rank holds the same model.
+        """
+        super().finish()
+
+    def _close(self) -> None:
+        self._reducer.check_whole("finish")
+        self._reducer.join()
+        if self._reducer.uneven is not None:
+            state.broadcast_model(self._ranks, self._model, self._reducer.uneven)
+            state.broadcast_optimizer(self._ranks, self._inner, self._reducer.uneven)
+        self._reducer.close()
+        self._forward_hook.remove()
+
+
+class _AfterForward:
+    """The model's forward hook: makes the backward of each output end with the reduction.
+
+    It must not tie the model to this process: in a copy or a pickle of the model it does nothing.
+    """
+
+    def __init__(self, reducer: Reducer | None = None) -> None:
+        self._reducer = reducer
+
+    def __reduce__(self) -> tuple[type[_AfterForward], tuple[()]]:
+        return _AfterForward, ()
+
+    def __call__(self, model: torch.nn.Module, inputs: Any, output: Any) -> None:
+        reducer = self._reducer
+        if reducer is None or not torch.is_grad_enabled():
+            return
+        reducer.before_forward()
+        for leaf in _pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
+                leaf.register_hook(lambda _: reducer.arm())  # type: ignore[no-untyped-call]

@@ -1,0 +1,31 @@
+"""What the user of `mpidl train` asked for, as one frozen value; nothing is decided or checked here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ALGORITHMS = ("synchronous", "downpour", "agn")
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, outputs written, may be run again
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of one job."""
+
+    job: Path
+    output: Path
+    algorithm: str = "synchronous"
+    epochs: int = 20
+    batch_size: int = 16  # samples per rank and step
+    communication_window: int = 3  # local steps per exchange, asynchronous only
+    seed: int = 0
+    overwrite: bool = False
+    log_every: int = 10  # steps per line of metrics
+    job_options: tuple[str, ...] = ()
+    command: str = ""  # as the user wrote it, for the summary
+    terminal_columns: int | None = None  # of the terminal behind mpirun's pipe; None: ask stderr itself
+
+    @property
+    def synchronous(self) -> bool:
+        return self.algorithm == "synchronous"

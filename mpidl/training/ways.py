@@ -1,0 +1,149 @@
+"""The two ways of training as the loop sees them: how a batch is weighed, what is recorded, which model is saved.
+
+What makes them differ lives below, in `mpidl.synchronous` and `mpidl.parameter_server`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import mpidl
+from mpidl.communicator import Communicator
+from mpidl.training.settings import Settings
+
+
+@dataclass
+class Tally:
+    """What one rank has summed up since the last record."""
+
+    loss: float = 0.0  # sum over the samples
+    samples: int = 0
+    seconds: float = 0.0
+
+
+class Way(Protocol):
+    """What the loop needs to know of a distributed optimiser."""
+
+    optimizer: Any
+
+    def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
+        """Says, around backward, how many samples this rank's batch holds."""
+
+    def record(self, tally: Tally) -> dict[str, Any]:
+        """Returns the figures since the last record."""
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """Returns the model to be saved now; called on rank 0 only."""
+
+    def totals(self) -> dict[str, Any]:
+        """Returns what the summary says of communication and staleness; a collective, after `finish()`."""
+
+
+class SynchronousWay:
+    """All ranks take the same step: figures are reduced over the ranks, any rank's model is everybody's."""
+
+    def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
+        self.optimizer = optimizer
+        self._model, self._comm = model, comm
+        self._communicated = 0.0
+
+    def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
+        manager: contextlib.AbstractContextManager[Any] = self.optimizer.samples(count)
+        return manager
+
+    def record(self, tally: Tally) -> dict[str, Any]:
+        """Figures of all ranks; a collective: every rank records after the same steps."""
+        communicated = float(self.optimizer.statistics.seconds_communicating)
+        mine = np.array([tally.loss, tally.samples, tally.seconds, communicated - self._communicated])
+        self._communicated = communicated
+        loss, samples, seconds, communicating = (float(x) for x in self._comm.allreduce(mine))
+        size = self._comm.size
+        return {
+            "loss": loss / samples,
+            "samples": int(samples),
+            "samples_per_second": samples / (seconds / size),
+            "seconds_communicating": communicating / size,
+        }
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        return dict(self._model.state_dict())
+
+    def totals(self) -> dict[str, Any]:
+        statistics = self.optimizer.statistics
+        mine = np.array([statistics.seconds_communicating, statistics.bytes], np.float64)
+        communicating, nbytes = (float(x) for x in self._comm.allreduce(mine))
+        return {"seconds_communicating": communicating / self._comm.size, "bytes": int(nbytes)}
+
+
+class AsynchronousWay:
+    """Workers go at their own pace: each records for itself, and what is saved is the center variable."""
+
+    def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
+        self.optimizer = optimizer
+        self._model, self._comm = model, comm
+        self._communicated = 0.0
+
+    def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
+        """Nobody's gradients are averaged with another's here: a batch weighs nothing."""
+        return contextlib.nullcontext()
+
+    def record(self, tally: Tally) -> dict[str, Any]:
+        """Figures of this worker alone; no collective."""
+        statistics = self.optimizer.statistics
+        communicated = float(statistics.seconds_communicating)
+        since, self._communicated = communicated - self._communicated, communicated
+        return {
+            "rank": self._comm.rank,
+            "loss": tally.loss / tally.samples,
+            "samples": tally.samples,
+            "samples_per_second": tally.samples / tally.seconds,
+            "seconds_communicating": since,
+            "commits": statistics.commits,
+            "mean_staleness": statistics.mean_staleness,
+        }
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """The center variable in the model's dtypes, with this worker's buffers; one-sided, no collective."""
+        state: dict[str, torch.Tensor] = dict(self._model.state_dict())
+        _, center = self.optimizer.center()
+        for name, value in center.items():
+            state[name] = value.to(state[name].dtype)
+        return state
+
+    def totals(self) -> dict[str, Any]:
+        statistics = self.optimizer.statistics
+        mine = np.array([statistics.seconds_communicating, statistics.bytes, statistics.commits], np.float64)
+        communicating, nbytes, commits = (float(x) for x in self._comm.allreduce(mine))
+        histogram = self._histogram(statistics.staleness)
+        counted = sum(histogram.values())
+        return {
+            "seconds_communicating": communicating / self._comm.size,
+            "bytes": int(nbytes),
+            "commits": int(commits),
+            "mean_staleness": sum(tau * n for tau, n in histogram.items()) / counted if counted else 0.0,
+            "staleness": {str(tau): n for tau, n in sorted(histogram.items())},
+        }
+
+    def _histogram(self, mine: dict[int, int]) -> Counter[int]:
+        """The histograms of all workers, added."""
+        longest = int(self._comm.allreduce(np.array([max(mine, default=0)], np.int64), op="max")[0])
+        counts = np.zeros(longest + 1, np.int64)
+        for tau, n in mine.items():
+            counts[tau] = n
+        total = self._comm.allreduce(counts)
+        return Counter({tau: int(n) for tau, n in enumerate(total) if n})
+
+
+def new_way(settings: Settings, optimizer: torch.optim.Optimizer, model: torch.nn.Module, comm: Communicator) -> Way:
+    """Wraps the job's optimiser as the settings ask; a collective, as the constructors are."""
+    if settings.synchronous:
+        return SynchronousWay(mpidl.Synchronous(optimizer, model, comm=comm), model, comm)
+    kind = {"downpour": mpidl.Downpour, "agn": mpidl.AGN}[settings.algorithm]
+    window = settings.communication_window
+    return AsynchronousWay(kind(optimizer, model, communication_window=window, comm=comm), model, comm)

@@ -1,0 +1,190 @@
+"""Runs one file of tests/mpi inside ranks, watches them, and gathers what they found.
+
+Every rank keeps files of its own in a folder of the launch (rank_main.py and mpi/conftest.py write them, `K` is the
+rank): `K.pid`; `K.log`, all that it printed; `K.jsonl`, a line for each test begun and ended and one for the end;
+`K.failure`, the report of a failed test; `K.stacks`, the stack of every thread, written on DUMP_SIGNAL.
+The parent, which never starts MPI, decides by these files alone: a launcher's return code is not proof enough.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launching import TIME_LIMIT, Running, alive, start_ranks
+
+FOLDER = "MPIDL_TESTS_FOLDER"  # set inside ranks: where their files go
+RANKS = "MPIDL_TESTS_RANKS"  # set inside ranks: how many there are
+DUMP_SIGNAL = signal.SIGUSR2  # a rank answers it with its stacks, also from inside a C call
+OUTSIDE = "this rank is outside a communicator of this size"
+GRACE = 10.0  # seconds that the others get to end after one rank has vanished
+
+_DEFAULT_RANKS = (4,)
+_TAIL = 4000  # characters of a rank's log that a report shows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a test file says at top level, read without importing it."""
+
+    ranks: tuple[int, ...] = _DEFAULT_RANKS  # RANKS = (4, 8): one launch each
+    time_limit: float = TIME_LIMIT  # TIME_LIMIT = 60: seconds for each launch
+
+
+@dataclass
+class Outcome:
+    """What came of one launch."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)  # test -> why
+    seconds: float = 0.0
+    problem: str = ""  # empty if all went well; else the whole report
+
+    def __str__(self) -> str:
+        parts = [f"{self.passed} passed", f"{len(self.skipped)} skipped"]
+        if self.problem:
+            parts.insert(0, f"{self.failed} failed")
+        return f"{', '.join(parts)} inside the ranks in {self.seconds:.1f} s"
+
+
+def settings(path: Path) -> Settings:
+    """Reads RANKS and TIME_LIMIT from a test file's top level."""
+    found: dict[str, Any] = {}
+    for node in ast.parse(path.read_text(), str(path)).body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in ("RANKS", "TIME_LIMIT"):
+                found[name] = ast.literal_eval(node.value)
+    return Settings(tuple(found.get("RANKS", _DEFAULT_RANKS)), float(found.get("TIME_LIMIT", TIME_LIMIT)))
+
+
+def run_file(path: Path, ranks: int, root: Path, arguments: tuple[str, ...] = ()) -> Outcome:
+    """Runs the tests of `path` with `ranks` ranks; `arguments` go to the pytest inside."""
+    limit = settings(path).time_limit
+    folder = Path(tempfile.mkdtemp(prefix="mpidl-ranks-"))
+    program = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(path), *arguments]
+    env = {FOLDER: str(folder), RANKS: str(ranks), "MPIDL_TESTS_LIMIT": str(limit), "PYTHONUNBUFFERED": "1"}
+    running = start_ranks(ranks, program, env=env, cwd=root)
+    try:
+        stopped, vanished = _watch(running, folder, ranks, limit)
+        running.kill()
+        outcome = _judge(folder, ranks, running)
+        if outcome.failed or stopped:
+            outcome.failed = max(outcome.failed, 1)
+            outcome.problem = _report(folder, ranks, running, stopped, vanished)
+        elif not (outcome.passed or outcome.skipped or arguments):
+            outcome.problem = "not one test was collected inside the ranks"
+        return outcome
+    finally:
+        running.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(running: Running, folder: Path, ranks: int, limit: float) -> tuple[str, list[int]]:
+    """Waits for the end; returns why the launch had to be stopped, if so, and which ranks vanished by themselves."""
+    mourned = math.inf
+    while running.process.poll() is None:
+        time.sleep(0.05)
+        vanished = [rank for rank in range(ranks) if _vanished(folder, rank)]
+        if vanished:
+            mourned = min(mourned, running.seconds)
+        if running.seconds > limit:
+            _dump_stacks(folder, ranks)
+            return f"the time limit of {limit:.0f} s is over", vanished
+        if running.seconds > mourned + GRACE:
+            _dump_stacks(folder, ranks)
+            return f"a rank vanished and the others were still there {GRACE:.0f} s later", vanished
+    return "", [rank for rank in range(ranks) if _vanished(folder, rank)]
+
+
+def _vanished(folder: Path, rank: int) -> bool:
+    """Whether the process of `rank` is gone without having written its last line, which victims of others do too."""
+    pid = _text(folder / f"{rank}.pid")
+    return bool(pid) and not alive(int(pid)) and not any("exit" in line for line in _lines(folder, rank)[-1:])
+
+
+def _dump_stacks(folder: Path, ranks: int) -> None:
+    for rank in range(ranks):
+        pid = _text(folder / f"{rank}.pid")
+        if pid and alive(int(pid)):
+            os.kill(int(pid), DUMP_SIGNAL)
+    time.sleep(1.0)  # the handlers write at once, but two cores may be busy
+
+
+def _judge(folder: Path, ranks: int, running: Running) -> Outcome:
+    """Puts the ranks' files together: a test passed if it ran on some rank and every rank came to the end."""
+    lines = [_lines(folder, rank) for rank in range(ranks)]
+    verdicts: dict[str, dict[str, str]] = {}
+    for line in (line for lines_of_rank in lines for line in lines_of_rank if "outcome" in line):
+        verdicts.setdefault(line["test"], {})[line["outcome"]] = line["why"]
+    outcome = Outcome(seconds=running.seconds)
+    for test, found in verdicts.items():
+        if "failed" in found:
+            outcome.failed += 1
+        elif "passed" in found:
+            outcome.passed += 1
+        else:
+            outcome.skipped[test] = found.get("skipped", OUTSIDE)
+    ended_well = all(lines_of_rank and lines_of_rank[-1].get("exit") == 0 for lines_of_rank in lines)
+    if running.process.returncode != 0 or not ended_well:
+        outcome.failed = max(outcome.failed, 1)
+    return outcome
+
+
+def _report(folder: Path, ranks: int, running: Running, stopped: str, vanished: list[int]) -> str:
+    """The culprits first: failed ranks' reports; else where every rank was and what it last printed."""
+    parts = [stopped] if stopped else []
+    failures = {rank: text for rank in range(ranks) if (text := _text(folder / f"{rank}.failure"))}
+    parts += [_headed(f"rank {rank} of {ranks} failed", text) for rank, text in failures.items()]
+    for rank in range(ranks):
+        where = _place(_lines(folder, rank))
+        if rank in vanished and not failures:
+            parts.append(f"rank {rank} of {ranks} left without a word, {where}")
+        if stacks := _text(folder / f"{rank}.stacks"):
+            parts.append(_headed(f"rank {rank} of {ranks}, {where}: stacks, newest call first", _own_frames(stacks)))
+        if not failures and (log := _text(folder / f"{rank}.log").strip()):
+            parts.append(_headed(f"rank {rank} of {ranks}: end of its log", log[-_TAIL:]))
+    parts.append(f"the launcher returned {running.process.returncode}")
+    if printed := running.printed().strip():
+        parts.append(_headed("the launcher printed", printed[-_TAIL:]))
+    return "\n".join(parts)
+
+
+def _own_frames(stacks: str) -> str:
+    """The stacks without the frames of pytest, thirty of which stand under every test."""
+    return "\n".join(line for line in stacks.splitlines() if "/_pytest/" not in line and "/pluggy/" not in line)
+
+
+def _headed(title: str, text: str) -> str:
+    return f"{f' {title} ':-^100}\n{text.rstrip()}\n"
+
+
+def _place(lines: list[dict[str, Any]]) -> str:
+    begun = [line["begun"] for line in lines if "begun" in line]
+    ended = {line["test"] for line in lines if "outcome" in line}
+    if not begun:
+        return "before its first test"
+    return f"{'after' if begun[-1] in ended else 'in'} {begun[-1]}"
+
+
+def _lines(folder: Path, rank: int) -> list[dict[str, Any]]:
+    whole = _text(folder / f"{rank}.jsonl").rpartition("\n")[0]  # a line without its end is still being written
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,106 @@
+"""What pytest does in the parent process, which never starts MPI: each file of tests/mpi becomes one launch of ranks.
+
+    pytest                                   the whole suite on this environment's MPI
+    pytest tests/mpi --inside='-k float16'   arguments for the pytest inside the ranks
+
+Inside the ranks this file steps aside; mpi/conftest.py acts there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bed import FOLDER, Outcome, run_file, settings
+
+_INSIDE = FOLDER in os.environ
+_MPI_TESTS = Path(__file__).parent / "mpi"
+_outcomes = pytest.StashKey[dict[str, Outcome]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--inside", default="", help="arguments for the pytest inside the ranks, one shell-like string")
+    parser.addoption("--totals", default="", help="append 'passed failed skipped', ranks' tests included, to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_outcomes] = {}
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if _INSIDE or _MPI_TESTS not in module_path.parents:
+        return None
+    collector: pytest.Collector = RanksFile.from_parent(parent, path=module_path)
+    return collector
+
+
+class RanksFile(pytest.File):
+    """A file of tests/mpi: one item for each number of ranks that it asks for."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        for ranks in settings(self.path).ranks:
+            yield RanksItem.from_parent(self, name=f"{ranks}-ranks", ranks=ranks)
+
+
+class RanksFailedError(Exception):
+    """A launch went wrong; its text is the report."""
+
+
+class RanksItem(pytest.Item):
+    """One launch of a test file."""
+
+    def __init__(self, *, ranks: int, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.ranks = ranks
+
+    def runtest(self) -> None:
+        inside = tuple(shlex.split(self.config.getoption("--inside")))
+        outcome = run_file(self.path, self.ranks, self.config.rootpath, inside)
+        self.config.stash[_outcomes][self.nodeid] = outcome
+        if outcome.problem:
+            raise RanksFailedError(f"{outcome}\n{outcome.problem}")
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:
+        if isinstance(excinfo.value, RanksFailedError):
+            return str(excinfo.value)
+        return str(super().repr_failure(excinfo))
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, f"{self.path.name} with {self.ranks} ranks"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not _INSIDE and "mpi4py.MPI" in sys.modules:
+        print("\nMPI was started in the parent of the tests: a test of tests/unit or tests/programs imports it")
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Shows what ran inside the ranks, which pytest counts as one item a launch."""
+    outcomes = config.stash[_outcomes]
+    if outcomes:
+        terminalreporter.section("inside the ranks")
+    for name, outcome in outcomes.items():
+        terminalreporter.write_line(f"{name}: {outcome}")
+        for test, why in outcome.skipped.items():
+            terminalreporter.write_line(f"    SKIPPED {test.rpartition('::')[2]}: {why}")
+    if config.getoption("--totals"):
+        _write_totals(Path(config.getoption("--totals")), terminalreporter.stats, outcomes)
+
+
+def _write_totals(file: Path, stats: dict[str, list[object]], outcomes: dict[str, Outcome]) -> None:
+    """A launch counts by the tests inside it, not as one test of the parent's."""
+
+    def outer(*kinds: str) -> int:
+        reports = [report for kind in kinds for report in stats.get(kind, [])]
+        return sum(getattr(report, "nodeid", "") not in outcomes for report in reports)
+
+    passed = outer("passed") + sum(outcome.passed for outcome in outcomes.values())
+    failed = outer("failed", "error") + sum(outcome.failed or bool(outcome.problem) for outcome in outcomes.values())
+    skipped = outer("skipped") + sum(len(outcome.skipped) for outcome in outcomes.values())
+    with file.open("a") as stream:
+        stream.write(f"{passed} {failed} {skipped}\n")

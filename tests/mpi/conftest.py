@@ -1,0 +1,165 @@
+"""What pytest does inside each rank of a launch: the fixtures `comm` and `world_comm`, and one verdict for all ranks.
+
+A test takes `comm` and runs once for each size, on a communicator of the first ranks; ranks outside pass through.
+Sizes: 1 to 4 in a launch of up to 4 ranks, 5 and up in a larger one; a file may say SIZES = (2, 4) instead, or ask for
+launches by RANKS = (4, 8). After every test all ranks agree that it passed. The rank where one fails writes its report
+to its own file and aborts the job: the others would wait for ever. bed.py, in the parent, reads the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from bed import FOLDER, OUTSIDE, RANKS
+
+if TYPE_CHECKING:
+    import mpidl
+
+_INSIDE = FOLDER in os.environ  # the parent loads this file too, when it collects
+_communicators: dict[int, mpidl.Communicator] = {}
+_mpi_communicators: list[Any] = []
+_control: list[Any] = []  # the bed's own duplicate of the world, made when the tests have been collected
+_unread: list[str] = []  # why a file could not be collected
+_deselected: list[str] = []
+
+
+def _ranks() -> int:
+    return int(os.environ[RANKS])
+
+
+def _file(kind: str) -> Path:
+    return Path(os.environ[FOLDER]) / f"{os.environ['MPIDL_TESTS_RANK']}.{kind}"
+
+
+def _note(**line: object) -> None:
+    with _file("jsonl").open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def _mpi() -> Any:
+    from mpidl import runtime
+
+    return runtime.mpi()
+
+
+def _agree() -> None:
+    """Returns when all ranks are here. It polls and sleeps: waiting ranks leave the cores to the working ones.
+
+    There is no limit here, since the parent has one: it dumps all stacks first, which a rank cannot do for another.
+    """
+    request = _control[0].Ibarrier()
+    while not request.Test():
+        time.sleep(0.002)
+
+
+def _fail(report: str) -> None:
+    """Ends the job for all ranks, after a moment in which other failing ranks write their reports too."""
+    _file("failure").write_text(report)
+    time.sleep(0.5)
+    _mpi().COMM_WORLD.Abort(1)
+
+
+# ------------------------------------------------------------------------------------------------------- fixtures
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "comm" in metafunc.fixturenames:
+        ranks = _ranks()
+        usual = range(1, ranks + 1) if ranks <= 4 else range(5, ranks + 1)
+        sizes = [size for size in getattr(metafunc.module, "SIZES", usual) if size <= ranks]
+        metafunc.parametrize("comm", sizes, indirect=True, ids=[f"size{size}" for size in sizes], scope="function")
+
+
+@pytest.fixture
+def comm(request: pytest.FixtureRequest) -> mpidl.Communicator:
+    """A communicator of the first `size` ranks; made once, used by all tests of that size."""
+    if _mpi().COMM_WORLD.rank >= request.param:
+        pytest.skip(OUTSIDE)
+    return _communicator(request.param)
+
+
+@pytest.fixture
+def world_comm() -> mpidl.Communicator:
+    """A communicator of all ranks."""
+    return _communicator(_ranks())
+
+
+def _communicator(size: int) -> mpidl.Communicator:
+    if size not in _communicators:
+        import mpidl
+
+        world = _mpi().COMM_WORLD
+        group = world.group.Incl(range(size))
+        _mpi_communicators.append(world.Create_group(group, tag=size))
+        group.Free()
+        _communicators[size] = mpidl.Communicator(_mpi_communicators[-1])
+    return _communicators[size]
+
+
+# -------------------------------------------------------------------------------------------------------- verdict
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _unread.append(report.longreprtext)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _deselected.extend(item.nodeid for item in items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """All ranks must be about to run the same tests in the same order."""
+    if not _INSIDE:
+        return
+    _control.append(_mpi().COMM_WORLD.Dup())
+    names = "\n".join(item.nodeid for item in session.items)
+    hashes = _control[0].allgather(hashlib.sha256(names.encode()).hexdigest())
+    if len(set(hashes)) != 1:
+        _fail(f"the ranks collected different tests; this one:\n{names}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if not _INSIDE:
+        return (yield)
+    _note(begun=item.nodeid)
+    result = yield
+    _agree()  # a failing rank has aborted by now: whoever returns knows that all passed
+    return result
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if not _INSIDE:
+        return
+    if report.failed:
+        _note(test=report.nodeid, outcome="failed", why=report.when)
+        printed = "\n".join(f"{title}:\n{text}" for title, text in report.sections)
+        _fail(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n{printed}")
+    elif report.skipped:
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", ""))
+        why = why.removeprefix("Skipped: ")
+        _note(test=report.nodeid, outcome="outside" if why == OUTSIDE else "skipped", why=why)
+    elif report.when == "call":
+        _note(test=report.nodeid, outcome="passed", why="")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if not _INSIDE:
+        return
+    all_deselected = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and _deselected
+    if exitstatus != 0 and not all_deselected:  # failed tests never come this far
+        _fail("\n".join([f"pytest ended with status {int(exitstatus)} ({pytest.ExitCode(exitstatus).name})", *_unread]))
+    for communicator in _communicators.values():
+        communicator.free()
+    for communicator in [*_mpi_communicators, *_control]:
+        communicator.Free()
+    _note(exit=0)

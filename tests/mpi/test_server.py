@@ -1,0 +1,157 @@
+"""The one-sided server loses nothing: exact integers under contention, exact clocks, exact staleness."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+
+import numpy as np
+import pytest
+
+from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.sharding import shard
+from mpidl.topology import Topology
+from mpidl.window import Window
+
+RANKS = (4, 8)
+ROUNDS = 1000
+ELEMENTS = 1003  # shards of unequal size, on every number of ranks
+
+
+def server_on(comm, initial=None):
+    ranks: Topology = comm.topology.duplicate("test of the server")
+    return ranks, Server(ranks, np.zeros(ELEMENTS) if initial is None else initial, "test")
+
+
+def close(ranks, server):
+    server.close()
+    ranks.free()
+
+
+def test_committed_integers_add_up_exactly_a_thousand_times(world_comm):
+    """Every rank commits vectors of its own twice per round, all at once; after a barrier the center is their sum."""
+    comm = world_comm
+    ranks, server = server_on(comm)
+    ramp, out = np.arange(ELEMENTS, dtype=float), np.empty(ELEMENTS)
+    expected = np.zeros(ELEMENTS)
+    for number in range(ROUNDS):
+        for part in range(2):
+            server.commit(ramp * (comm.rank + 1) + number % 7 + part)
+        expected += 2 * ramp * sum(r + 1 for r in range(comm.size)) + comm.size * (2 * (number % 7) + 1)
+        ranks.barrier("test")
+        clock = server.pull(out)
+        assert clock == 2 * comm.size * (number + 1)
+        assert np.array_equal(out, expected), f"round {number}: {np.flatnonzero(out != expected)[:5]}"
+        ranks.barrier("test")  # nobody may begin the next round before all have read
+    close(ranks, server)
+
+
+def test_commit_numbers_and_clocks_while_all_run_free(world_comm):
+    """Numbers are 0..N-1, each once; what a pull's clock counts is in the copy, and no element is ahead of `begun`."""
+    comm = world_comm
+    ranks, server = server_on(comm)
+    numbers, out = [], np.empty(ELEMENTS)
+    for _ in range(150):
+        numbers.append(server.commit(np.ones(ELEMENTS)))
+        clock = server.pull(out)
+        begun = server.clock._window.fetch_add(0, 0, 0)
+        assert clock <= out.min() and out.max() <= begun, (clock, out.min(), out.max(), begun)
+        assert clock >= len(numbers)  # this rank's own commits have landed
+    everyone = comm.allgather(np.array(numbers)).ravel()
+    assert np.array_equal(np.sort(everyone), np.arange(150 * comm.size))
+    close(ranks, server)
+
+
+def test_staleness_with_a_token_is_exactly_n_minus_1(world_comm):
+    """A token orders commit and pull round-robin: then every commit but the first round's is n - 1 old."""
+    comm = world_comm
+    ranks, server = server_on(comm)
+    out, taus, clock = np.empty(ELEMENTS), [], 0
+    for _ in range(20):
+        for turn in range(comm.size):
+            if turn == comm.rank:
+                taus.append(server.commit(np.ones(ELEMENTS)) - clock)
+                clock = server.pull(out)
+            ranks.barrier("passing the token")
+    assert taus == [comm.rank] + [comm.size - 1] * 19
+    close(ranks, server)
+
+
+def test_staleness_of_free_runners_is_recorded(world_comm, capsys):
+    """Free-running staleness is printed, not held to n - 1: what must hold is that it counts commits of others."""
+    comm = world_comm
+    ranks, server = server_on(comm)
+    out, taus, clock = np.empty(ELEMENTS), [], 0
+    ranks.barrier("start together")
+    for _ in range(100):
+        taus.append(server.commit(np.ones(ELEMENTS)) - clock)
+        clock = server.pull(out)
+        time.sleep(0.0005)
+    everyone = comm.allgather(np.array(taus)).ravel()
+    assert everyone.min() >= 0 and everyone.max() < 100 * comm.size
+    assert everyone.sum() > 0
+    with capsys.disabled():
+        if comm.rank == 0:
+            p50, p95 = np.percentile(everyone, [50, 95])
+            print(f"staleness of {comm.size}: mean {everyone.mean():.2f} p50 {p50} p95 {p95} max {everyone.max()}")
+    close(ranks, server)
+
+
+def test_commits_land_while_their_target_sleeps(world_comm):
+    """The owner of a shard that makes no MPI call for a while holds nobody up: it need not serve."""
+    comm = world_comm
+    ranks, server = server_on(comm)
+    ranks.barrier("start together")
+    started, slowest = time.monotonic(), 0.0
+    if comm.rank == 0:
+        time.sleep(1.5)
+    else:
+        for _ in range(20):
+            before = time.monotonic()
+            server.commit(np.ones(ELEMENTS))
+            slowest = max(slowest, time.monotonic() - before)
+        assert time.monotonic() - started < 1.2, f"20 commits waited for the sleeper; the slowest took {slowest:.2f} s"
+    ranks.barrier("end together")
+    out = np.empty(ELEMENTS)
+    server.pull(out)
+    assert (out == 20 * (comm.size - 1)).all()
+    close(ranks, server)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000])
+def test_small_and_empty_variables(comm, count):
+    ranks, server = server_on(comm, np.arange(count, dtype=np.float32))
+    server.commit(np.full(count, comm.rank + 1, np.float32))
+    ranks.barrier("test")
+    out = np.empty(count, np.float32)
+    assert server.pull(out) == comm.size
+    assert np.array_equal(out, np.arange(count, dtype=np.float32) + comm.size * (comm.size + 1) // 2)
+    close(ranks, server)
+
+
+def test_shards_cover_everything_once():
+    for count in (0, 1, 63, 64, 65, 1000, 4096, 1_000_003):
+        for owners in range(1, 10):
+            parts = shard(count, owners)
+            covered = [i for part in parts for i in (part.start, part.start + part.count)]
+            assert covered[0] == 0 and covered[-1] == count and len(parts) == owners
+            assert all(a.start + a.count == b.start for a, b in itertools.pairwise(parts))
+            assert [part.owner for part in parts] == list(range(owners))
+
+
+def test_what_mpi_may_still_read_stays_alive_until_the_flush(comm):
+    ranks: Topology = comm.topology.duplicate("test of the window")
+    window = Window(ranks, 4, "float64", "test")
+    window.fill(np.zeros(4))
+    given, sparse, out = np.ones(4), np.ones(2), np.empty(4)
+    lent = [weakref.ref(array) for array in (given, sparse, out)]
+    window.add(0, 0, given)
+    window.add_at(0, np.array([1, 3], np.int32), sparse)
+    window.read(0, 0, out)
+    del given, sparse, out
+    assert all(reference() is not None for reference in lent)
+    window.flush()
+    assert all(reference() is None for reference in lent)
+    window.close()
+    ranks.free()

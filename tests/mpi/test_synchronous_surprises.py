@@ -1,0 +1,153 @@
+"""`mpidl.Synchronous` where users do what a loop in a tutorial does not: copies, retries, resumed state, odd shapes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from training_helpers import assert_alike, batch, loss_of, mlp, union
+
+import mpidl
+
+
+def test_copies_of_the_model_and_the_users_own_hooks(comm):
+    """A copy of the model, for a running average say, knows nothing of other ranks; a pickle neither."""
+    model = mlp()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = mpidl.Synchronous(inner, model, comm=comm)
+    copied = torch.optim.swa_utils.AveragedModel(model), pickle.loads(pickle.dumps(model))
+    for other in copied if comm.rank == 0 else ():  # on one rank alone: nothing is sent
+        loss_of(other, batch(0, 0)).backward()
+    assert optimizer.statistics.rounds == 0
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    inner.register_step_pre_hook(lambda *_: calls.append("pre"))
+    loss_of(model, batch(comm.rank, 0)).backward()
+    optimizer.step()
+    assert calls == ["pre", "post"]
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is inner.param_groups and optimizer.state is inner.state
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups is inner.param_groups
+    optimizer.finish()
+
+
+def test_a_fused_optimizer_under_gradscaler_takes_the_unscaled_step(comm):
+    """torch's fused optimisers take the scale from GradScaler as an attribute, which a wrapper must not swallow."""
+    model, expected = mlp(torch.float32), mlp(torch.float32)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    optimizer = mpidl.Synchronous(inner, model, comm=comm)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(loss_of(model, batch(0, 0, dtype=torch.float32))).backward()
+    scaler.step(optimizer)
+    plain = torch.optim.SGD(expected.parameters(), lr=0.1)
+    loss_of(expected, batch(0, 0, dtype=torch.float32)).backward()
+    plain.step()
+    optimizer.finish()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_a_backward_that_failed_on_one_rank_can_be_repeated(comm):
+    """The failed one's gradients were sent in part; after `zero_grad` none of them may count."""
+    model = mlp()
+    optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm, bucket_cap_mb=1e-5)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise MemoryError("on this rank only")
+
+    if comm.rank == 0:
+        x = batch(0, 9)[0].requires_grad_()
+        hook = model[2].register_forward_hook(lambda module, inputs, output: Fails.apply(output))
+        with pytest.raises(MemoryError):
+            model(x).sum().backward()
+        hook.remove()
+        assert optimizer._reducer._round is not None
+        with pytest.raises(mpidl.ClosedError, match="interrupted"):
+            optimizer.step()
+        with pytest.raises(mpidl.ClosedError, match="interrupted"):
+            optimizer.finish()
+        optimizer.zero_grad()
+    for p in model[4].parameters():  # used by the backward that failed, and not by the one that is repeated
+        p.requires_grad_(False)
+    loss_of(model, batch(comm.rank, 0)).backward()
+    expected = mlp()
+    loss_of(expected, union(batch(rank, 0) for rank in range(comm.size))).backward()
+    assert model[4].weight.grad is None and model[4].bias.grad is None
+    for p, q in zip(model[:4].parameters(), expected[:4].parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-13)
+    optimizer.finish()
+
+
+def test_gradients_of_no_sync_that_were_thrown_away(comm):
+    model = mlp()
+    optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+    with optimizer.no_sync():
+        loss_of(model, batch(comm.rank, 0)).backward()
+    optimizer.zero_grad()
+    model[4](torch.ones(1, 8, dtype=torch.float64)).sum().backward()
+    assert model[0].weight.grad is None  # used by nobody since
+    optimizer.step()
+    optimizer.finish()
+
+
+def test_optimizer_state_that_only_rank_0_has_loaded(comm):
+    """As with the parameters, rank 0's is everybody's; hyperparameters keep their types."""
+    model = mlp().to(memory_format=torch.channels_last)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if comm.rank == 0:
+        loss_of(model, batch(0, 7)).backward()
+        inner.step()
+        inner.zero_grad()
+    optimizer = mpidl.Synchronous(inner, model, comm=comm)
+    assert isinstance(optimizer.param_groups[0]["betas"], tuple)
+    loss_of(model, batch(comm.rank, 0)).backward()
+    optimizer.step()
+    optimizer.finish()
+    assert_alike(comm, model)
+    assert all(float(inner.state[p]["step"]) == 2 for p in model.parameters())
+
+
+def test_optimizer_state_in_another_order_of_memory(comm):
+    """Momentum lies channels_last where gradients did, and contiguous on a rank that never stepped."""
+    torch.manual_seed(1)
+    model = torch.nn.Conv2d(3, 5, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = mpidl.Synchronous(inner, model, comm=comm)
+    if comm.rank == comm.size - 1:  # the others have no batch at all
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+        model(x).square().mean().backward()
+        optimizer.step()
+    optimizer.finish()
+    momentum = inner.state[model.weight]["momentum_buffer"].contiguous()
+    assert momentum.abs().sum() > 0
+    assert torch.equal(comm.allreduce(momentum, "min"), comm.allreduce(momentum, "max"))
+
+
+@pytest.mark.parametrize("kind", [mpidl.Synchronous, mpidl.Downpour])
+def test_parameters_without_elements(comm, kind):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.empty = torch.nn.Parameter(torch.zeros(0, 3))
+            self.narrow = torch.nn.Parameter(torch.zeros(2, 0, dtype=torch.float16))
+            self.scalar = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.empty.sum() + self.narrow.sum() + self.scalar * x
+
+    model = Model()
+    with kind(torch.optim.SGD(model.parameters(), lr=1.0), model, comm=comm) as optimizer:
+        model(float(comm.rank + 1)).backward()
+        optimizer.step()
+    total = comm.size * (comm.size + 1) / 2
+    assert model.scalar.item() == 1 - (total / comm.size if kind is mpidl.Synchronous else total)

@@ -1,0 +1,202 @@
+"""The test bed itself: what is planted inside the ranks must be reported by the parent, in time, with the culprit.
+
+The files are copied to a folder of their own and run by a pytest of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+BED = ("conftest.py", "launching.py", "bed.py", "rank_main.py", "mpi/conftest.py")
+
+WORLD = "import os, sys, time\nfrom mpi4py import MPI\nworld = MPI.COMM_WORLD\n"
+PASSES = (
+    WORLD
+    + """
+RANKS = (2, 3)
+
+def test_sum():
+    assert world.allreduce(world.rank) == sum(range(world.size))
+
+def test_skipped():
+    import pytest
+    pytest.skip("planted reason")
+"""
+)
+ASSERTION = (
+    WORLD
+    + """
+def test_before():
+    pass
+
+def test_one_rank_fails():
+    if world.rank == 2:
+        print("printed by the culprit")
+        assert world.size == 5, "planted assertion"
+    world.Barrier()
+"""
+)
+HANGS = (
+    WORLD
+    + """
+RANKS = (2,)
+TIME_LIMIT = 12
+
+def test_one_rank_hangs():
+    if world.rank == 1:
+        planted_sleep()
+    world.Barrier()
+
+def planted_sleep():
+    time.sleep(1000)
+"""
+)
+LEAVES = (
+    WORLD
+    + """
+TIME_LIMIT = 60
+
+def test_one_rank_leaves():
+    if world.rank == 1:
+        os._exit(0)
+    world.Barrier()
+"""
+)
+EMPTY = "RANKS = (2,)\n"
+BROKEN_IMPORT = "import a_module_that_nobody_has\nRANKS = (2,)\n"
+DIFFERENT = (
+    WORLD
+    + """
+RANKS = (2,)
+
+def test_everywhere():
+    pass
+
+if world.rank == 1:
+    def test_on_one_rank_only():
+        pass
+"""
+)
+FIXTURE = """
+RANKS = (3,)
+
+def test_sizes(comm):
+    assert comm.rank < comm.size
+
+def test_all(world_comm):
+    assert world_comm.size == 3
+"""
+
+
+@dataclass
+class Run:
+    """What the planted run printed."""
+
+    returncode: int
+    printed: str
+    seconds: float
+
+    def section(self, name: str) -> str:
+        """The report of one launch, from its headline to the next one's."""
+        return re.split(r"\n_{3,} ", self.printed.partition(f"__ {name} __")[2])[0]
+
+
+def planted(folder: Path, **files: str) -> Run:
+    """Runs `files` as tests/mpi/test_NAME.py on a copy of the bed."""
+    for name in BED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TESTS / name, folder / name)
+    for name, text in files.items():
+        (folder / "mpi" / f"test_{name}.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--totals=totals", "."]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    return Run(done.returncode, done.stdout + done.stderr, time.monotonic() - began)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run with every planted failure."""
+    folder = tmp_path_factory.mktemp("bad")
+    return planted(
+        folder,
+        assertion=ASSERTION,
+        hangs=HANGS,
+        leaves=LEAVES,
+        empty=EMPTY,
+        broken=BROKEN_IMPORT,
+        different=DIFFERENT,
+    )
+
+
+def test_what_passes_is_counted(tmp_path: Path) -> None:
+    run = planted(tmp_path, passes=PASSES)
+    assert run.returncode == 0, run.printed
+    assert run.printed.count("1 passed, 1 skipped inside the ranks") == 2  # two launches
+    assert "planted reason" in run.printed
+    assert (tmp_path / "totals").read_text().split() == ["2", "0", "2"]
+
+
+def test_comm_has_every_size(tmp_path: Path) -> None:
+    run = planted(tmp_path, fixture=FIXTURE)
+    assert run.returncode == 0, run.printed
+    assert "4 passed, 0 skipped inside the ranks" in run.printed
+
+
+def test_a_failed_assertion_on_one_rank_names_the_rank_and_shows_its_report(bad: Run) -> None:
+    section = bad.section("test_assertion.py with 4 ranks")
+    assert bad.returncode == 1
+    assert "rank 2 of 4 failed" in section, bad.printed
+    assert "planted assertion" in section
+    assert "printed by the culprit" in section
+    assert "rank 1 of 4 failed" not in section
+
+
+def test_a_hang_shows_the_stack_of_every_rank(bad: Run) -> None:
+    section = bad.section("test_hangs.py with 2 ranks")
+    assert "the time limit of 12 s is over" in section, bad.printed
+    assert "in planted_sleep" in section
+    assert "left without a word" not in section
+    assert "rank 0 of 2, in mpi/test_hangs.py::test_one_rank_hangs" in section
+
+
+def test_a_rank_that_leaves_is_named(bad: Run) -> None:
+    section = bad.section("test_leaves.py with 4 ranks")
+    assert "rank 1 of 4 failed" in section, bad.printed
+    # Before the launcher ends them, other ranks may come to see an MPI error of their own; they do not say this.
+    assert "os._exit(0) was called" in section.partition("rank 1 of 4 failed")[2].partition("of 4 failed")[0]
+    assert "time limit" not in section
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("test_empty.py with 2 ranks", "pytest ended with status 5"),
+        ("test_broken.py with 2 ranks", "No module named 'a_module_that_nobody_has'"),
+        ("test_different.py with 2 ranks", "the ranks collected different tests"),
+    ],
+)
+def test_what_cannot_be_collected_is_a_failure(bad: Run, name: str, says: str) -> None:
+    assert says in bad.section(name), bad.printed
+
+
+def test_planted_failures_end_in_time_and_leave_nobody_behind(bad: Run) -> None:
+    assert bad.seconds < 150
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            assert b"test_hangs.py" not in command, f"process {entry.name} is still there"

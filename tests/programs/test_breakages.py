@@ -1,0 +1,118 @@
+"""The guards are tested too: each deliberate breakage of a copy of the package must turn a named test red.
+
+A test that stays green on a broken library proves nothing. Each case changes one line that the guarantee hangs on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import mpidl
+
+TOP = Path(__file__).parents[2]
+
+if Path(sys.executable).with_name("ompi_info").exists():  # this environment's MPI is Open MPI from PyPI
+    pytest.skip("the source is the same on every MPI: its breakages are shown on MPICH", allow_module_level=True)
+
+
+@dataclass(frozen=True)
+class Breakage:
+    file: str
+    line: str  # stands in the file exactly once
+    broken: str
+    test: str  # which test must fail, in tests/
+    inside: str = ""  # pytest's arguments within the ranks
+
+
+BREAKAGES = {
+    "allreduce returns what it was given": Breakage(
+        "operations.py",
+        "    yield from topology.start_allreduce(send.view, receive, op) if view.count else ()\n",
+        "    arrays.as_numpy(receive)[:] = arrays.as_numpy(send.view)\n",
+        "mpi/test_collectives.py",
+        "-k allreduce",
+    ),
+    "gradients are not summed": Breakage(
+        "bucket_memory.py",
+        'start_allreduce(arrays.view(self._send), arrays.view(self._receive), "sum")',
+        'start_allreduce(arrays.view(self._send), arrays.view(self._receive), "max")',
+        "mpi/test_synchronous.py",
+        "-k equals_one_rank",
+    ),
+    "a commit skips the last shard": Breakage(
+        "parameter_server/server.py",
+        "        for part in self._order:\n            if part.count:\n                self._window.add(",
+        "        for part in self._order[:-1]:\n            if part.count:\n                self._window.add(",
+        "mpi/test_server.py",
+        "-k add_up",
+    ),
+    "a commit is read, added and written back": Breakage(
+        "window.py",
+        "            self._window.Accumulate([piece, self._type], target, place, self._mpi.SUM)\n",
+        "            old = np.empty_like(piece)\n"
+        "            self._window.Get([old, self._type], target, place)\n"
+        "            self._window.Flush(target)\n"
+        "            self._window.Put([old + piece, self._type], target, place)\n"
+        "            self._window.Flush(target)\n",
+        "mpi/test_server.py",
+        "-k add_up",
+    ),
+    "a commit counts before it has landed": Breakage(
+        "parameter_server/server.py",
+        "        number = self.clock.begin()\n",
+        "        number = self.clock.begin()\n        self.clock.land()\n        __import__('time').sleep(0.002)\n",
+        "mpi/test_server.py",
+        "-k clocks_while_all_run_free",
+    ),
+    "a bucket forgets the tensor that did not fit": Breakage(
+        "layout.py",
+        "members, nbytes = [], 0",
+        "members, nbytes = [], -tensor.nbytes\n            continue",
+        "mpi/test_synchronous.py",
+        "-k every_bucket_size",
+    ),
+    "a late gradient is not sent again": Breakage(
+        "reducer.py",
+        "    self._round.late.add(number)",
+        "    pass",
+        "mpi/test_synchronous.py",
+        "-k checkpointing",
+    ),
+    "the tail of a window is dropped": Breakage(
+        "parameter_server/worker.py",
+        "        if self._steps:\n            self._exchange()\n",
+        "",
+        "mpi/test_asynchronous.py",
+        "-k tails_included",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_it_turns_a_test_red(tmp_path, name):
+    case = BREAKAGES[name]
+    package = tmp_path / "mpidl"
+    shutil.copytree(Path(mpidl.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (package / case.file).read_text()
+    assert source.count(case.line) == 1, f"{case.file} no longer has the line that this case breaks"
+    (package / case.file).write_text(source.replace(case.line, case.broken))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--inside=-x {case.inside}"]
+    result = subprocess.run(
+        [*command, str(TOP / "tests" / case.test)],
+        env=environment,
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 1, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " (call)\n" in result.stdout, result.stdout[-4000:]  # the test itself failed, not its collection

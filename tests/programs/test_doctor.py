@@ -1,0 +1,95 @@
+"""`mpidl doctor`: every line for one rank and for several, what it says without MPI and of a wrong launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from launching import MPIDL, environment_for_tests, run_ranks
+
+SUBJECTS = [
+    "MPI",
+    "thread level",
+    "launcher",
+    "ranks per node",
+    "torch threads",
+    "shared memory",
+    "extension",
+    "one-sided MPI",
+]
+DOCTOR = [MPIDL, "doctor"]
+
+
+def lines(text: str) -> dict[str, str]:
+    """Subject -> its whole line; each line once."""
+    found = [line for line in text.splitlines() if line.startswith(("ok ", "WARN ", "FAIL "))]
+    by_subject = {line[6:].partition(":")[0]: line for line in found}
+    assert len(by_subject) == len(found), text
+    return by_subject
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
+    result = run_ranks(ranks, DOCTOR, timeout=120)
+    report = lines(result.stdout)
+    assert list(report) == SUBJECTS, result.output
+    assert result.returncode == 0
+    assert not [line for line in report.values() if line.startswith("FAIL")]
+    assert f"{ranks} rank" in report["launcher"]
+    assert f"1 x {ranks}" in report["ranks per node"]
+    assert f"{ranks} rank(s), right" in report["one-sided MPI"]
+    crowded = ranks > len(os.sched_getaffinity(0))
+    assert report["torch threads"].startswith("WARN" if crowded else "ok")
+
+
+def alone(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The doctor as one process that nobody launched."""
+    environment = environment_for_tests(variables)
+    return subprocess.run(
+        [*DOCTOR, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_without_a_launcher_it_names_the_one_that_run_would_use() -> None:
+    done = alone()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "`mpidl run` would use" in lines(done.stdout)["launcher"]
+
+
+def test_too_many_threads_are_a_warning() -> None:
+    variables = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # all cores, for each of the two ranks
+    report = lines(run_ranks(2, DOCTOR, timeout=120, env=variables).stdout)
+    assert report["torch threads"].startswith("WARN")
+    assert "OMP_NUM_THREADS" in report["torch threads"]
+
+
+def test_without_mpi_one_sentence_says_what_to_install() -> None:
+    done = alone(MPI4PY_LIBMPI="/nonexistent/libmpi.so")
+    assert done.returncode == 1
+    assert done.stdout.count("\n") == 1
+    assert done.stdout.startswith("FAIL  MPI: no MPI library could be loaded")
+    assert "pip install 'mpidl[mpich]'" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_launcher_of_another_mpi_is_a_failure() -> None:
+    done = alone(OMPI_COMM_WORLD_SIZE="4")  # what ranks see whose library does not know their launcher
+    assert done.returncode == 1
+    assert lines(done.stdout)["launcher"].startswith("FAIL")
+    assert "started 4 ranks and MPI sees 1" in done.stdout
+
+
+def test_what_hangs_is_reported_within_the_time_limit() -> None:
+    program = (
+        "import sys, time\n"
+        "from mpidl.window import Window\n"
+        "Window.fetch_add = lambda *_: time.sleep(1000)\n"  # a call into MPI that never comes back
+        "from mpidl.cli import main\n"
+        "main(['doctor', '--time-limit', '6'])\n"
+    )
+    result = run_ranks(2, [sys.executable, "-c", program], timeout=100)
+    assert not result.timed_out
+    assert result.returncode != 0
+    assert "FAIL  time limit: hangs: the check one_sided did not come back within 6 s" in result.stdout

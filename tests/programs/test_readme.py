@@ -1,0 +1,45 @@
+"""README.md's script is run from README.md, by each of the three ways that it shows, with 2 and with 4 ranks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from launching import run_ranks
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+CHOSEN = "optimizer = mpidl.Synchronous(optimizer, model)"
+
+
+def script() -> str:
+    (only,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return only
+
+
+def test_it_imports_only_mpidl_and_torch_and_is_short():
+    tree = ast.parse(script())
+    imported = {n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"mpidl", "torch"}
+    assert sum(bool(line.strip()) for line in script().splitlines()) <= 30
+
+
+def test_the_two_commands_come_first():
+    first = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[0].splitlines()
+    assert [line.split()[0] for line in first] == ["jobs/quickstart.sh", "tests/run.sh"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("way", ["Synchronous", "Downpour", "AGN"])
+def test_it_trains(tmp_path, way, ranks):
+    (line,) = re.findall(rf"(optimizer = mpidl\.{way}\(optimizer, model\))", script())
+    assert CHOSEN in script()
+    program = script().replace(CHOSEN, "pass", 1).replace(f"# {line}", line) if way != "Synchronous" else script()
+    (tmp_path / "train.py").write_text(program)
+    result = run_ranks(ranks, [sys.executable, str(tmp_path / "train.py")], timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (accuracy,) = re.findall(rf"^{ranks} ranks: (0\.\d+|1\.000) held-out accuracy", result.stdout, re.MULTILINE)
+    assert float(accuracy) >= 0.95

