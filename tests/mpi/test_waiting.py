@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 import mpidl
+from mpidl import waiting
 
 SIZES = (2, 4)
 
 
 @pytest.fixture
 def impatient(comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[mpidl.Communicator]:
-    """A copy of `comm` that reports a stall after 0.3 s."""
-    monkeypatch.setenv("MPIDL_STALL_REPORT", "0.3")
+    """A copy of `comm` that reports a stall after 0.5 s, and gives those who wait time to answer on a busy machine."""
+    monkeypatch.setenv("MPIDL_STALL_REPORT", "0.5")
+    monkeypatch.setattr(waiting, "_ROLL_CALL", 3.0)
     copy = mpidl.Communicator(comm.topology.data)
     comm.barrier()
     yield copy
@@ -30,7 +32,7 @@ def test_a_late_rank_is_named_once_by_the_lowest_who_waits(
 ) -> None:
     late = comm.size - 1
     if comm.rank == late:
-        time.sleep(2.5)
+        time.sleep(5.0)
     impatient.barrier()
     said = [line for line in capfd.readouterr().err.splitlines() if "has waited" in line]
     if comm.rank == 0:
@@ -49,7 +51,7 @@ def test_a_rank_that_waits_elsewhere_says_where(
     """Also when it only tests again and again."""
     if comm.rank == 1:
         request = comm.iallreduce(np.ones(1))
-        until = time.monotonic() + 2.5
+        until = time.monotonic() + 5.0
         while time.monotonic() < until:
             assert not request.test()
             time.sleep(0.01)
