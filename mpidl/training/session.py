@@ -15,7 +15,7 @@ import mpidl
 from mpidl import runtime
 from mpidl.communicator import Communicator
 from mpidl.training import job as jobs
-from mpidl.training.agreement import everywhere
+from mpidl.training.agreement import everywhere, workers
 from mpidl.training.data import Share, first_batch, training_share
 from mpidl.training.evaluation import HeldOut, evaluate
 from mpidl.training.job import Job
@@ -40,7 +40,7 @@ class Prepared:
 
 
 def run(settings: Settings, stop: StopRequest) -> int:
-    """Trains the job as the settings say and writes its outputs; a collective over all ranks.
+    """Trains the job as the settings say and writes its outputs; a collective over all ranks, the last may only serve.
 
     Returns:
         The exit status: 0, or 75 if the run was stopped on request.
@@ -49,7 +49,7 @@ def run(settings: Settings, stop: StopRequest) -> int:
         RefusedError: something was wrong before training; the same on every rank.
         HelpAskedError: the job's own options were asked for.
     """
-    comm = mpidl.world()
+    comm = workers(settings)
     job = everywhere(comm, lambda: jobs.load(settings.job, settings.job_options))
     prepared = everywhere(comm, lambda: _prepare(settings, job))
     folder = Folder(settings.output)
@@ -169,6 +169,7 @@ class _Run:
             "options": {name: _plain(value) for name, value in self._prepared.job.options.items()},
             **self._way.totals(),
             "ranks": self._comm.size,
+            "servers": self._comm.servers,
             "nodes": self._comm.nodes,
             "threads_per_rank": torch.get_num_threads(),
             "mpi": runtime.mpi_description(),
