@@ -35,7 +35,7 @@ class Service:
     """
 
     def __init__(self, whole: Topology, servers: int) -> None:
-        self._whole = whole
+        self.whole = whole
         self.servers = range(whole.size - servers, whole.size)  # their ranks, in `whole` and in what `open` returns
         self._numbers: dict[Topology, int] = {}
         self._opened = 0
@@ -48,7 +48,7 @@ class Service:
         """
         windows = {server: [[plan.name, plan.dtype, plan.counts[server]] for plan in plans] for server in self.servers}
         self._send(lambda server: {"order": _OPEN, "name": name, "windows": windows[server]})
-        ranks = self._whole.duplicate(f"{name} with its servers")
+        ranks = self.whole.duplicate(f"{name} with its servers")
         self._numbers[ranks] = self._opened
         self._opened += 1
         return ranks
@@ -61,18 +61,18 @@ class Service:
     def end(self) -> None:
         """Lets the servers go; a collective of the workers. Not needed by workers whose programs end well."""
         self._send(lambda server: {"order": _END})
-        self._whole.free()
+        self.whole.free()
 
     def _send(self, order_for: Callable[[int], dict[str, Any]]) -> None:
-        if self._whole.rank != 0:
+        if self.whole.rank != 0:
             return
         mpi, sending = runtime.mpi(), []
         for server in self.servers:
             order = np.frombuffer(json.dumps(order_for(server)).encode(), np.uint8)
             assert order.size <= _LONGEST
-            sending.append((order, self._whole.data.Isend([order, mpi.BYTE], dest=server, tag=_TAG)))
+            sending.append((order, self.whole.data.Isend([order, mpi.BYTE], dest=server, tag=_TAG)))
         requests = [request for _, request in sending]
-        topology.wait_all(self._whole, requests, "an order to the servers", self._whole.channel.sequence, sending)
+        topology.wait_all(self.whole, requests, "an order to the servers", self.whole.channel.sequence, sending)
 
 
 def serve(whole: Topology, workers: int) -> None:

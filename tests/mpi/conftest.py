@@ -3,8 +3,9 @@
 A test takes `comm` and runs once for each size, on a communicator of the first ranks; ranks outside pass through.
 Sizes: 1 to 4 in a launch of up to 4 ranks, 5 and up in a larger one; a file may say SIZES = (2, 4) instead, or ask for
 launches by RANKS = (4, 8). A size (3, 1) is 3 workers with a server, which serves while the workers test; SERVERS =
-(0, 1) has `world_comm` made with so many servers. After every test all ranks agree that it passed. The rank where one fails writes its report
-to its own file and aborts the job: the others would wait for ever. bed.py, in the parent, reads the files.
+(0, 1) has `world_comm` made with so many servers. After every test all ranks agree that it passed. The rank where one
+fails writes its report to its own file and aborts the job: the others would wait for ever. bed.py, in the parent, reads
+the files.
 """
 
 from __future__ import annotations
