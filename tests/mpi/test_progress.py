@@ -34,8 +34,6 @@ def on_nodes_of(
     yield made
     if made is not None:
         made.free()
-        if not servers:
-            made.topology.free()
     comm.barrier()
     copy.free()
 

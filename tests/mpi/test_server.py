@@ -6,14 +6,17 @@ Shards lie on the workers, or on ranks that only serve.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import weakref
 
 import numpy as np
 import pytest
 
+import mpidl
 from mpidl.parameter_server.server import Server
 from mpidl.parameter_server.sharding import shard
+from mpidl.processes import Process
 from mpidl.topology import Topology
 from mpidl.window import Window
 
@@ -123,6 +126,22 @@ def test_commits_land_while_their_target_sleeps(world_comm):
     out = np.empty(ELEMENTS)
     server.pull(out)
     assert (out == 20 * (comm.size - 1)).all()
+    close(ranks, server)
+
+
+def test_a_rank_that_has_died_is_named_between_exchanges(world_comm):
+    comm = world_comm
+    ranks, server = server_on(comm)
+    channel, processes = server._ranks.channel, server._ranks.placement.processes
+    server.look()
+    channel.know((*processes[:-1], Process(pid=os.getpid(), start=1, visible=True)))  # as if the last had died
+    last = len(processes) - 1
+    with pytest.raises(mpidl.RankFailedError, match=rf"test cannot go on \(.* lies on .*\): rank {last} has died"):
+        for _ in range(100):
+            server.look()
+            time.sleep(0.05)
+    channel.know(processes)
+    comm.barrier()
     close(ranks, server)
 
 
