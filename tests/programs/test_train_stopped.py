@@ -1,4 +1,4 @@
-"""How training ends before its time and goes on: asked by a signal it saves and ends with 75; killed, little is lost."""
+"""Training that ends before its time and goes on: asked by a signal it saves, status 75; killed, little is lost."""
 
 from __future__ import annotations
 
