@@ -175,6 +175,8 @@ def _said(comm: Communicator, settings: Settings, origin: Origin) -> str:
         text += f"; written by {before} ranks, now {now}: the shares of the data differ"
     if now > before:
         text += f", random numbers of ranks {before} to {now - 1} begin from a seed of their own"
+    if manifest["versions"]["torch"] != torch.__version__:
+        text += f"; written with torch {manifest['versions']['torch']}, now {torch.__version__}: bits may differ"
     if position.epoch >= settings.epochs:
         text += "; nothing is left to train"
     return text

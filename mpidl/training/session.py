@@ -14,7 +14,7 @@ from mpidl import runtime
 from mpidl.communicator import Communicator
 from mpidl.training import job as jobs
 from mpidl.training import resuming
-from mpidl.training.agreement import everywhere
+from mpidl.training.agreement import RefusedError, everywhere
 from mpidl.training.checkpoint import Store, check_encodable
 from mpidl.training.data import Position, Share, first_batch, training_share
 from mpidl.training.evaluation import HeldOut, evaluate
@@ -126,8 +126,9 @@ class _Run:
         seed_all(self.settings.seed + self.comm.rank)  # from here on: dropout, augmentation
         if self.origin is not None:
             start = self.origin.position
-            resuming.restore(self.origin, self._subject)
+            self._restore(self.origin)
         saver = self._new_saver()
+        self._recorder.start()
         loop = Loop(
             prepared.job, prepared.model, self.way, self._subject.scheduler, self._share, self._recorder, saver, stop
         )
@@ -142,6 +143,14 @@ class _Run:
         if not progressed.saved:
             return UNSAVED_STATUS
         return STOPPED_STATUS if progressed.stopped else 0
+
+    def _restore(self, origin: Origin) -> None:
+        try:
+            resuming.restore(origin, self._subject)
+        except RefusedError:  # on all ranks alike: so all can close what is open, and leave quietly
+            self._recorder.close()
+            self.way.optimizer.finish()
+            raise
 
     def _new_saver(self) -> Saver:
         """Numbers go on above all that were ever given."""

@@ -24,6 +24,7 @@ class Settings:
     overwrite: bool = False
     resume: bool = False  # go on from the newest whole checkpoint in `output`
     keep: int = 2  # newest checkpoints that stay
+    checkpoint_every: float | None = None  # seconds, besides the end of each epoch
     log_every: int = 10  # steps per line of metrics
     job_options: tuple[str, ...] = ()
     command: str = ""  # as the user wrote it, for the summary
