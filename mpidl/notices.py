@@ -173,9 +173,13 @@ class Channel:
         for rank, process in enumerate(self._processes):
             if self._left.get(rank, sequence) < sequence:
                 phrases.append(f"rank {rank} has left: its program ended before this call")
-            elif rank not in self._left and not process.alive():
+            elif not self.has_left(rank) and not process.alive():
                 phrases.append(f"rank {rank} has died: process {process.pid} is gone")
         return phrases
+
+    def has_left(self, rank: int) -> bool:
+        """Returns whether a peer ended well: it makes no further call, and nobody had to wait for it."""
+        return rank in self._left
 
     def call_roll(self) -> None:
         self._here.clear()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpidl import leaving
-from mpidl.errors import StalledError
+from mpidl.errors import RankFailedError, StalledError
 from mpidl.notices import Channel, receive_all
 
 _LOOK_EVERY = 0.1  # seconds between two looks around
@@ -144,6 +144,36 @@ class Watch:
         elif self._channel.speaks(self._sequence):
             leaving.say(f"{self.call} has waited {waited:.0f} s: {missing}")
         self._next_report = min(2 * self._next_report, limit)
+
+
+class Lookout:
+    """Looks for the dead on behalf of a rank that waits in no call, but depends on all ranks of a communicator.
+
+    Args:
+        channel: of that communicator.
+        doing: what this rank does meanwhile, for its own answers to roll calls; "" if it is outside mpidl.
+    """
+
+    def __init__(self, channel: Channel, doing: str) -> None:
+        self._channel, self._doing = channel, doing
+        self._last = 0.0
+        self._suspects: list[str] = []
+
+    def look(self, what: str) -> None:
+        """Looks around if it is time to; ranks that ended well are not missed.
+
+        Raises:
+            RankFailedError: a rank has died; `what` says whom that concerns.
+        """
+        now = time.monotonic()
+        if now - self._last < _LOOK_EVERY:
+            return
+        self._last = now
+        receive_all(self._doing)
+        suspects = self._channel.gone(0)  # not those who have left: call number 0 waits for nobody
+        if suspects and suspects == self._suspects:  # two looks agree, as in a wait
+            raise RankFailedError(f"{what}: {_listed(suspects)}")
+        self._suspects = suspects
 
 
 def _listed(phrases: list[str]) -> str:

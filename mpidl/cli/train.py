@@ -34,6 +34,13 @@ _positive = click.IntRange(min=1)
     show_default=True,
     help="Local steps per exchange with the parameter server; without effect in the synchronous way.",
 )
+@click.option(
+    "--servers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How many of the last ranks only hold the model for the others; not in the synchronous way.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of model, order and dropout.")
 @click.option(
     "--output",
@@ -61,6 +68,7 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     epochs: int,
     batch_size: int,
     communication_window: int,
+    servers: int,
     seed: int,
     output: Path | None,
     overwrite: bool,
@@ -121,6 +129,7 @@ def command(  # noqa: PLR0917 - click passes each option by its name
         epochs=epochs,
         batch_size=batch_size,
         communication_window=communication_window,
+        servers=servers,
         seed=seed,
         overwrite=overwrite,
         resume=resume,

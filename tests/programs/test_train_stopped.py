@@ -130,7 +130,7 @@ def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Pa
     reached = 0
     for blow in ("kill", "launcher", "kill"):
         running = start(tmp_path, "synchronous", 2, FOR_EVER, "--resume", step=0)
-        until(running, lambda: max(Store(tmp_path / "checkpoints").numbers(), default=0) > reached + 1)
+        until(running, lambda past=reached + 1: max(Store(tmp_path / "checkpoints").numbers(), default=0) > past)
         time.sleep(random.uniform(0, 0.2))
         ended = running.seconds
         if blow == "launcher":  # Open MPI's gives the ranks 0.2 s
