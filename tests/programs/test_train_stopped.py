@@ -127,10 +127,10 @@ def test_a_signal_to_one_asynchronous_worker_stops_all(tmp_path: Path) -> None:
 
 def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Path) -> None:
     """A step takes no time here: most of it goes into checkpoints."""
-    reached = 0
+    store, reached = Store(tmp_path / "checkpoints"), 0
     for blow in ("kill", "launcher", "kill"):
         running = start(tmp_path, "synchronous", 2, FOR_EVER, "--resume", step=0)
-        store = Store(tmp_path / "checkpoints")
+
         until(running, lambda above=reached + 1: max(store.numbers(), default=0) > above)
         time.sleep(random.uniform(0, 0.2))
         ended = running.seconds
