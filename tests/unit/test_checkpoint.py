@@ -133,12 +133,12 @@ def test_damaged_ones_are_set_aside_and_unfinished_ones_removed(tmp_path: Path) 
     said: list[str] = []
     assert Store(tmp_path).next_number() == 6
     Store(tmp_path).set_aside(3, said.append)
-    assert names(tmp_path) == ["000003", "000004.damaged"]
+    assert names(tmp_path) == ["000003", "000004.aside"]
     assert len(said) == 1
     assert ".000005.part was never finished" in said[0]
     assert Store(tmp_path).next_number() == 5  # no number comes twice
     Store(tmp_path).keep(1)
-    assert names(tmp_path) == ["000003", "000004.damaged"]
+    assert names(tmp_path) == ["000003", "000004.aside"]
 
 
 def test_a_file_that_another_rank_wrote_elsewhere_is_missed(tmp_path: Path) -> None:
