@@ -1,4 +1,4 @@
-"""The two ways of training as the loop sees them: how a batch is weighed, what is recorded, which model is saved.
+"""The two ways of training as the loop sees them: how a batch is weighed, what is recorded, what is saved of all.
 
 What makes them differ lives below, in `mpidl.synchronous` and `mpidl.parameter_server`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,15 @@ class Tally:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What a checkpoint holds of all ranks together, apart from the optimiser."""
+
+    model: dict[str, Any]  # as `state_dict` has it
+    clock: int | None = None  # commits in it, asynchronous only
+    center: torch.Tensor | None = None  # flat, where it is wider than the model's dtypes
+
+
 class Way(Protocol):
     """What the loop needs to know of a distributed optimiser."""
 
@@ -38,8 +48,11 @@ class Way(Protocol):
     def record(self, tally: Tally) -> dict[str, Any]:
         """Returns the figures since the last record."""
 
-    def model_state(self) -> dict[str, torch.Tensor]:
-        """Returns the model to be saved now; called on rank 0 only."""
+    def shared(self) -> Shared:
+        """Returns what is to be saved now; called on rank 0 only, no collective."""
+
+    def restore_statistics(self, saved: Mapping[str, Any]) -> None:
+        """Goes on with the counts of an earlier part of this run."""
 
     def totals(self) -> dict[str, Any]:
         """Returns what the summary says of communication and staleness; a collective, after `finish()`."""
@@ -71,8 +84,12 @@ class SynchronousWay:
             "seconds_communicating": communicating / size,
         }
 
-    def model_state(self) -> dict[str, torch.Tensor]:
-        return dict(self._model.state_dict())
+    def shared(self) -> Shared:
+        return Shared(dict(self._model.state_dict()))
+
+    def restore_statistics(self, saved: Mapping[str, Any]) -> None:
+        vars(self.optimizer.statistics).update(saved)
+        self._communicated = float(self.optimizer.statistics.seconds_communicating)
 
     def totals(self) -> dict[str, Any]:
         statistics = self.optimizer.statistics
@@ -108,13 +125,21 @@ class AsynchronousWay:
             "mean_staleness": statistics.mean_staleness,
         }
 
-    def model_state(self) -> dict[str, torch.Tensor]:
+    def shared(self) -> Shared:
         """The center variable in the model's dtypes, with this worker's buffers; one-sided, no collective."""
-        state: dict[str, torch.Tensor] = dict(self._model.state_dict())
-        _, center = self.optimizer.center()
+        model = dict(self._model.state_dict())
+        clock, flat = self.optimizer.snapshot()
+        center = self.optimizer.named(flat)
         for name, value in center.items():
-            state[name] = value.to(state[name].dtype)
-        return state
+            model[name] = value.to(model[name].dtype)
+        wide = torch.from_numpy(flat)
+        exact = all(value.dtype == wide.dtype for value in center.values())
+        return Shared(model, clock, None if exact else wide)
+
+    def restore_statistics(self, saved: Mapping[str, Any]) -> None:
+        statistics = self.optimizer.statistics
+        vars(statistics).update({**saved, "staleness": Counter(saved["staleness"])})
+        self._communicated = float(statistics.seconds_communicating)
 
     def totals(self) -> dict[str, Any]:
         statistics = self.optimizer.statistics
