@@ -18,3 +18,25 @@ ranks() {
     echo "srun --mpi=$SLURM_MPI_TYPE $*"
     srun "$@"
 }
+
+# Trains. What was stopped on request has saved and says so by status 75: SLURM's --signal before the time limit, a job
+# that takes the nodes, `scancel --signal=USR1`. Then the job is put back into the queue under its own number, finds its
+# outputs there and goes on. No trap here: a signal to this shell means that SLURM ends the job or requeues it itself.
+train() {
+    local output status=0
+    output=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+    ranks mpidl train --resume --output "$output" "$@" || status=$?
+    [ "$status" -ne 75 ] || requeue
+    exit "$status"
+}
+
+requeue() {
+    # Not a job that its owner has cancelled meanwhile.
+    [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ] || return 0
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 60 # until SLURM ends this shell, in a moment
+    else
+        echo "This job may not be requeued. It goes on if you submit it again with its --output: what was given, and" \
+            "--output $output" >&2
+    fi
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import weakref
 
@@ -15,7 +16,7 @@ from mpidl.topology import Topology
 from mpidl.window import Window
 
 RANKS = (4, 8)
-ROUNDS = 1000
+ROUNDS = int(os.environ.get("MPIDL_TESTS_ROUNDS", "1000"))
 ELEMENTS = 1003  # shards of unequal size, on every number of ranks
 
 

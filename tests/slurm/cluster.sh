@@ -159,7 +159,8 @@ node='hostname "$1"
     ip addr add "$2/24" dev eth0
     [ -z "$3" ] || tc qdisc add dev eth0 root tbf rate "$3" burst 256kb latency 100ms
     ip link set eth0 up
-    slurmd -D -N "$1"'
+    slurmd -D -N "$1"
+    exit # so that the line above is not the last, which the shell would become'
 for i in $(seq "$nodes"); do
     unshare --mount --pid --net --uts --ipc --fork --mount-proc --propagation private \
         bash -c "$node" node "mpidl-n$i" "10.77.1.$i" "$rate" "$lab" < /dev/null > "$lab/node.$i.log" 2>&1 &

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from mpidl.cli.supervisor import descendants
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
 INSIDE = "MPIDL_TESTS_CLUSTER"  # set by cluster.sh for its command: the number of nodes
-TIME_LIMIT = 240.0  # seconds that a job may take
+TIME_LIMIT = 400.0  # seconds that a job may take
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -126,16 +126,23 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return dict(word.partition("=")[::2] for word in done.stdout.split() if "=" in word)
 
-    def wait(self, job: int, timeout: float = TIME_LIMIT) -> Ended:
-        """Waits for the job's end, which a time limit turns into a failure that shows the job's output."""
-        until = time.monotonic() + timeout
-        while (told := self.show(job))["JobState"] not in _ENDED:
-            if time.monotonic() > until:
+    def until(self, there: Callable[[], object], job: int, what: str, timeout: float = TIME_LIMIT) -> None:
+        """Waits for something that a job does; that it does not come is a failure that shows the job's output."""
+        limit = time.monotonic() + timeout
+        while not there():
+            if time.monotonic() > limit:
+                told = self.show(job)
                 self.run(["scancel", str(job)])
                 raise AssertionError(
-                    f"{told['JobName']} took more than {timeout:.0f} s; it printed:\n{self.output(told)}"
+                    f"{timeout:.0f} s without {what}; {told['JobName']} is {told['JobState']} and printed:\n"
+                    f"{self.output(told)}"
                 )
             time.sleep(0.3)
+
+    def wait(self, job: int) -> Ended:
+        """Waits for the job's end."""
+        self.until(lambda: self.show(job)["JobState"] in _ENDED, job, "its end")
+        told = self.show(job)
         status = int(told["ExitCode"].partition(":")[0])
         return Ended(job, told["JobState"], status, int(told["Restarts"]), self.output(told))
 

@@ -45,21 +45,22 @@ def test_ranks_that_do_not_find_each_other_are_named_once_with_the_remedy(cluste
 
 
 def test_synchronous(cluster: Cluster) -> None:
-    summary, ended = train(cluster, "jobs/synchronous.sbatch")
+    summary, ended = train(cluster, "jobs/synchronous.sbatch", "--epochs", "8")
     assert summary["algorithm"] == "synchronous"
     assert summary["held_out_accuracy"] >= 0.9, ended.output
 
 
 def test_parameter_server(cluster: Cluster) -> None:
-    summary, ended = train(cluster, "jobs/parameter_server.sbatch")
+    more = ("--epochs", "8", "--communication-window", "5", "--", "--lr", "0.3", "--channels", "8")
+    summary, ended = train(cluster, "jobs/parameter_server.sbatch", *more)
     assert summary["algorithm"] == "agn"
     assert summary["held_out_accuracy"] >= 0.9, ended.output
     assert summary["mean_staleness"] > 0
 
 
-def train(cluster: Cluster, script: str) -> tuple[dict[str, object], Ended]:
+def train(cluster: Cluster, script: str, *more: str) -> tuple[dict[str, object], Ended]:
     """Submits a training of a few epochs; returns its summary."""
-    ended = cluster.wait(cluster.submit(script, "jobs/digits.py", "--epochs", "8"))
+    ended = cluster.wait(cluster.submit(script, "jobs/digits.py", *more))
     assert (ended.state, ended.status) == ("COMPLETED", 0), ended.output
     (folder,) = (cluster.folder / "runs").glob(f"*-{ended.job}")
     summary = json.loads(Path(folder / "summary.json").read_text())
