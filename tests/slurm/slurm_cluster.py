@@ -57,7 +57,7 @@ class Cluster:
             **environment_for_tests(),
             "VIRTUAL_ENV": sys.prefix,
             "PATH": f"{sys.prefix}/bin:{os.environ.get('PATH', os.defpath)}",
-            "UCX_TLS": "tcp,self,sm",  # MPICH's UCX would find ways through the kernel that the nodes share
+            "UCX_TLS": "tcp,self",  # MPICH's UCX would find ways through the kernel that the nodes share
             "OMPI_MCA_osc": "^ucx",  # whose complaint about itself is harmless
         }
         if INSIDE not in os.environ:
