@@ -79,8 +79,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         sizes = [(workers, servers) for workers, servers in found if workers + servers <= ranks]
         ids = [f"size{workers}" + (f"-and-{servers}" if servers else "") for workers, servers in sizes]
         metafunc.parametrize("comm", sizes, indirect=True, ids=ids, scope="function")
-    if "world_comm" in metafunc.fixturenames:
-        counts = getattr(metafunc.module, "SERVERS", (0,))
+    if "world_comm" in metafunc.fixturenames and hasattr(metafunc.module, "SERVERS"):
+        counts = metafunc.module.SERVERS
         metafunc.parametrize("world_comm", counts, indirect=True, ids=[f"servers{count}" for count in counts])
 
 
@@ -96,7 +96,7 @@ def comm(request: pytest.FixtureRequest) -> Iterator[mpidl.Communicator]:
 @pytest.fixture
 def world_comm(request: pytest.FixtureRequest) -> Iterator[mpidl.Communicator]:
     """A communicator of all ranks that do not serve."""
-    yield from _with_servers(_communicator(_ranks()), request.param)
+    yield from _with_servers(_communicator(_ranks()), getattr(request, "param", 0))
 
 
 def _with_servers(whole: mpidl.Communicator, servers: int) -> Iterator[mpidl.Communicator]:

@@ -76,20 +76,30 @@ IDLE = """
 import atexit, os, time
 import numpy as np, mpidl
 from mpidl import runtime
+sleep, asleep = time.sleep, 0.0
+
+def counted(seconds):
+    global asleep
+    began = time.monotonic()
+    sleep(seconds)
+    asleep += time.monotonic() - began
+
 runtime.mpi()
-used = time.process_time()
-atexit.register(lambda: print(f"a rank ends after {time.process_time() - used:.2f} s of CPU time", flush=True))
+say = lambda text: os.write(1, f"{text}\\n".encode())  # whole lines, whoever else speaks
+atexit.register(lambda: say(f"a rank ends, asleep for {asleep:.3f} s"))
+time.sleep = counted
 comm = mpidl.world(servers=2)
-print(f"worker {comm.rank} of {comm.size}, {comm.servers} servers, sum {comm.allreduce(np.ones(1))[0]:g}", flush=True)
-time.sleep(3 * comm.rank)
-print(f"worker {comm.rank} is done", flush=True)
+say(f"worker {comm.rank} of {comm.size}, {comm.servers} servers, sum {comm.allreduce(np.ones(1))[0]:g}")
+sleep(3 * comm.rank)
+say(f"worker {comm.rank} is done")
 """
 
 
-def test_servers_that_nobody_uses_cost_nothing_and_end_with_the_last_worker(tmp_path: Path) -> None:
+def test_servers_that_nobody_uses_sleep_and_end_with_the_last_worker(tmp_path: Path) -> None:
+    """Not CPU time is held to a bound, since that depends on who else computes: they sleep in the 3 s of waiting."""
     result = run_text(IDLE, 4, tmp_path)
     assert result.returncode == 0, result.output
-    assert result.stderr.replace("\n", "") == "", result.output
+    assert result.stderr.strip() == "", result.output
     lines = result.stdout.splitlines()
     assert sorted(line for line in lines if line.startswith("worker")) == [
         "worker 0 is done",
@@ -97,10 +107,10 @@ def test_servers_that_nobody_uses_cost_nothing_and_end_with_the_last_worker(tmp_
         "worker 1 is done",
         "worker 1 of 2, 2 servers, sum 2",
     ]
-    cpu = [float(x) for x in re.findall(r"ends after ([\d.]+) s of CPU", result.stdout)]
-    assert len(cpu) == 4
-    assert max(cpu) < 1.0, "a server that polls without pause takes 3 s here"
-    assert lines.index("worker 1 is done") < len(lines) - 3 + 1  # the servers end after the last worker
+    after = "\n".join(lines[lines.index("worker 1 is done") :])  # the last worker ends, and then the servers
+    asleep = [float(x) for x in re.findall(r"asleep for ([\d.]+)", after)]
+    assert len(asleep) == 3, result.output
+    assert sum(seconds > 1.5 for seconds in asleep) == 2, asleep  # the two servers
 
 
 # ------------------------------------------------------------------------------------------------------- leaving
@@ -297,7 +307,9 @@ def test_mpidl_train_with_a_server(tmp_path: Path) -> None:
     assert summary["samples"] == 2 * 2 * 719  # each worker's padded half of 1,437, twice
     assert sum(summary["staleness"].values()) == summary["commits"] == 2 * 30  # 2 x 45 steps each, windows of 3
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["ranks"] == 2
-    refused = run_ranks(3, [MPIDL, "train", str(DIGITS), "--servers", "1", "--output", str(tmp_path / "x")], timeout=60)
+    refused = run_ranks(
+        3, [MPIDL, "train", str(DIGITS), "--servers", "1", "--output", str(tmp_path / "x")], timeout=120
+    )
     assert refused.returncode == 2, refused.output
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("mpidl: ")]
     assert line.startswith("mpidl: --servers 1: --algorithm synchronous has no parameter server")
