@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mpidl.errors import ExtensionError, LauncherError
+from mpidl.errors import ArgumentError, ExtensionError, LauncherError
 
 if TYPE_CHECKING:
     from mpidl.communicator import Communicator
@@ -148,24 +148,28 @@ def shared_memory(world: Communicator) -> Finding:
 
 def extension(world: Communicator) -> Finding:
     """Whether the compiled extension loads on every rank and packs what it should."""
-    complaints = [text for text in _everywhere(world, _extension_complaint()) if text]
+    answers = _everywhere(world, _extension_answer())
+    complaints = [one["complaint"] for one in answers if one["complaint"]]
     if complaints:
         return Finding("FAIL", "extension", complaints[0])
-    return Finding("ok", "extension", "loaded; packing works")
+    used = sorted({one["instructions"] for one in answers})
+    return Finding("ok", "extension", f"loaded; packing works, with {' and '.join(used)} instructions")
 
 
-def _extension_complaint() -> str:
+def _extension_answer() -> dict[str, str]:
     import numpy as np
 
     import mpidl
+    from mpidl import _native
 
     out = np.zeros(3, np.float32)
     try:
         packed = mpidl.pack([np.ones(2, np.float32), np.ones(1, np.float32)], out, scale=2.0)
-    except ExtensionError as error:
-        return str(error)
+    except (ExtensionError, ArgumentError) as error:
+        return {"complaint": str(error)}
     wrong = packed.count != 3 or not (out == 2).all()
-    return "packing gives wrong numbers: reinstall mpidl, with a compiler of this machine" if wrong else ""
+    complaint = "packing gives wrong numbers: reinstall mpidl, with a compiler of this machine" if wrong else ""
+    return {"complaint": complaint, "instructions": _native.instructions()}
 
 
 def one_sided(world: Communicator) -> Finding:
