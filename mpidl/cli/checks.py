@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mpidl.cli.finding import Finding, everywhere
 from mpidl.cli.launch_checks import launcher, ranks_per_node
 from mpidl.cli.network_checks import one_sided, one_sided_between_nodes, speed_between_nodes, speed_in_nodes
-from mpidl.errors import ExtensionError
+from mpidl.errors import ArgumentError, ExtensionError
 
 if TYPE_CHECKING:
     from mpidl.communicator import Communicator
@@ -99,24 +99,28 @@ def shared_memory(world: Communicator) -> Finding:
 
 def extension(world: Communicator) -> Finding:
     """Whether the compiled extension loads on every rank and packs what it should."""
-    complaints = [text for text in everywhere(world, _extension_complaint()) if text]
+    answers = everywhere(world, _extension_answer())
+    complaints = [one["complaint"] for one in answers if one["complaint"]]
     if complaints:
         return Finding("FAIL", "extension", complaints[0])
-    return Finding("ok", "extension", "loaded; packing works")
+    used = sorted({one["instructions"] for one in answers})
+    return Finding("ok", "extension", f"loaded; packing works, with {' and '.join(used)} instructions")
 
 
-def _extension_complaint() -> str:
+def _extension_answer() -> dict[str, str]:
     import numpy as np
 
     import mpidl
+    from mpidl import _native
 
     out = np.zeros(3, np.float32)
     try:
         packed = mpidl.pack([np.ones(2, np.float32), np.ones(1, np.float32)], out, scale=2.0)
-    except ExtensionError as error:
-        return str(error)
+    except (ExtensionError, ArgumentError) as error:
+        return {"complaint": str(error)}
     wrong = packed.count != 3 or not (out == 2).all()
-    return "packing gives wrong numbers: reinstall mpidl, with a compiler of this machine" if wrong else ""
+    complaint = "packing gives wrong numbers: reinstall mpidl, with a compiler of this machine" if wrong else ""
+    return {"complaint": complaint, "instructions": _native.instructions()}
 
 
 # These need nothing but MPI,

@@ -9,6 +9,7 @@ import sys
 import pytest
 from launching import MPIDL, environment_for_tests, run_ranks
 
+from mpidl import _native
 from mpidl.cli.launcher import slurm_plugin
 
 SUBJECTS = [
@@ -44,6 +45,7 @@ def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
     assert f"{ranks} rank" in report["launcher"]
     assert f"1 x {ranks}" in report["ranks per node"]
     assert f"{ranks} rank(s), right" in report["one-sided MPI"]
+    assert report["extension"].endswith(f"packing works, with {_native.instructions()} instructions")
     crowded = ranks > len(os.sched_getaffinity(0))
     assert report["torch threads"].startswith("WARN" if crowded else "ok")
 
@@ -81,6 +83,12 @@ def test_without_a_launcher_it_names_the_one_that_run_would_use() -> None:
     done = alone()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "`mpidl run` would use" in lines(done.stdout)["launcher"]
+
+
+def test_instructions_that_packing_does_not_have_are_a_failure() -> None:
+    done = alone(MPIDL_INSTRUCTIONS="sse9")
+    assert done.returncode == 1
+    assert "FAIL  extension: MPIDL_INSTRUCTIONS is 'sse9', which is not known: unset it, or set one of" in done.stdout
 
 
 def test_too_many_threads_are_a_warning() -> None:
