@@ -34,6 +34,13 @@ _positive = click.IntRange(min=1)
     show_default=True,
     help="Local steps per exchange with the parameter server; without effect in the synchronous way.",
 )
+@click.option(
+    "--servers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How many of the last ranks only hold the model for the others; not in the synchronous way.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of model, order and dropout.")
 @click.option(
     "--output",
@@ -47,6 +54,12 @@ _positive = click.IntRange(min=1)
     help="Go on from the newest whole checkpoint in --output; start anew if there is none.",
 )
 @click.option("--keep", type=_positive, default=2, show_default=True, help="How many of the newest checkpoints stay.")
+@click.option(
+    "--checkpoint-every",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Write checkpoints within epochs too, at the first line of metrics after so many seconds.",
+)
 @click.option("--log-every", type=_positive, default=10, show_default=True, help="Steps per line of metrics.")
 def command(  # noqa: PLR0917 - click passes each option by its name
     job: Path,
@@ -55,11 +68,13 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     epochs: int,
     batch_size: int,
     communication_window: int,
+    servers: int,
     seed: int,
     output: Path | None,
     overwrite: bool,
     resume: bool,
     keep: int,
+    checkpoint_every: float | None,
     log_every: int,
 ) -> None:
     """Train the job in the Python file JOB on the ranks that mpirun, srun or `mpidl run` started.
@@ -91,10 +106,11 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     With --resume a synchronous run on as many ranks as before ends bit for bit as if it had never stopped. On another
     number of ranks parameters and optimiser are exact and the shares of the data are cut anew. An asynchronous run
     goes on from the exact center and clock, each worker from what it last saved at a commit of its own. The job,
-    --algorithm, --seed, --batch-size, --communication-window and the job's options must be those of the run;
-    --epochs, --log-every, --keep and the number of ranks may change. A damaged checkpoint is named and the one before
-    it is used. Metrics after the checkpoint are removed, since those steps come again; figures in the summary are
-    those of all parts.
+    --algorithm, --seed, --batch-size, --communication-window and the job's options must be those of the run; all
+    else, and the number of ranks, may change. A damaged checkpoint is named and the one before it is used. Metrics
+    after the checkpoint are removed, since those steps come again; figures in the summary are those of all parts.
+    Generators of random numbers that a job makes for itself are not saved: it should draw from the global ones of
+    torch, numpy and Python.
 
     SIGUSR1, SIGTERM or Ctrl-C, on any rank, asks all ranks to stop after their step (asynchronous: after their
     commit) and to save. One more signal, a second later, ends the job at once.
@@ -113,10 +129,12 @@ def command(  # noqa: PLR0917 - click passes each option by its name
         epochs=epochs,
         batch_size=batch_size,
         communication_window=communication_window,
+        servers=servers,
         seed=seed,
         overwrite=overwrite,
         resume=resume,
         keep=keep,
+        checkpoint_every=checkpoint_every,
         log_every=log_every,
         job_options=job_options,
         command=shlex.join(sys.argv),

@@ -53,7 +53,7 @@ class Worker(DistributedOptimizer):
         optimizer: takes the local steps; holds parameters of `model` only. Hyperparameters may differ between ranks.
         model: parameters and buffers are broadcast from rank 0, in place; the center starts from them.
         communication_window: local steps per exchange; 5 as in dist-keras.
-        comm: who trains together; default `mpidl.world()`.
+        comm: who trains together; default `mpidl.world()`. The center lies on its servers, if it has any.
         buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
     """
 
@@ -80,7 +80,7 @@ class Worker(DistributedOptimizer):
         ]
         self._layout = lay_out(tensors, "float64" if wide else "float32")
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
-        self._server = Server(self._ranks, self._start, type(self).__name__)
+        self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service)
         self._clock = 0  # at the last pull
         self._steps = 0  # local steps since the last pull
         self._last: tuple[int, np.ndarray[Any, Any]] | None = None  # clock and center at `finish()`
@@ -104,7 +104,7 @@ class Worker(DistributedOptimizer):
         Raises:
             ArgumentError: a closure was given.
             ClosedError: `finish()` was called.
-            RankFailedError: a thread of this process ended by an exception.
+            RankFailedError: a thread of this process ended by an exception, or another rank has died.
         """
         self._refuse(closure)
         failed = leaving.thread_failure()
@@ -165,7 +165,10 @@ class Worker(DistributedOptimizer):
         The steps since the last exchange are committed, all workers are waited for, and every rank's parameters become
         the center as it then is.
         """
-        super().finish()
+        try:
+            super().finish()
+        finally:
+            self._server.end_progress()  # also if it failed: no thread may go on
 
     def _close(self) -> None:
         if self._steps:
@@ -176,6 +179,7 @@ class Worker(DistributedOptimizer):
 
     def _exchange(self) -> None:
         started = time.perf_counter()
+        self._server.look()
         if self._stop_wished:
             self._server.clock.request_stop()
             self._stop_wished = False

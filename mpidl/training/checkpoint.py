@@ -11,6 +11,7 @@ files there are is decided in `saving`; nothing communicates here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -189,25 +190,26 @@ class Store:
         return None
 
     def set_aside(self, above: int, say: Callable[[str], None]) -> None:
-        """Renames damaged checkpoints with numbers above that one, so that no count of checkpoints includes them.
+        """Renames checkpoints with numbers above that one, which are not to be used, so that none is counted again.
 
         What was never finished is removed.
         """
         for number in self.numbers():
             if number > above:
-                (self.path / f"{number:06d}").rename(self.path / f"{number:06d}.damaged")
+                (self.path / f"{number:06d}").rename(self.path / f"{number:06d}.aside")
         for entry in self._entries():
             if re.fullmatch(r"\.\d{6,}\.(part|old)", entry.name):
                 if entry.suffix == ".part":
                     say(f"{entry} was never finished and is removed")
-                shutil.rmtree(entry)
+                shutil.rmtree(entry, ignore_errors=True)
 
     def keep(self, count: int) -> None:
         """Removes all but the newest `count`; each is hidden by a rename first, so that none is ever seen in part."""
         for number in self.numbers()[:-count]:
             hidden = self.path / f".{number:06d}.old"
-            (self.path / f"{number:06d}").rename(hidden)
-            shutil.rmtree(hidden)
+            with contextlib.suppress(OSError):  # it stays: too many checkpoints are no reason to stop
+                (self.path / f"{number:06d}").rename(hidden)
+                shutil.rmtree(hidden)
 
     def _entries(self) -> Iterator[Path]:
         return iter(list(self.path.iterdir()) if self.path.is_dir() else [])

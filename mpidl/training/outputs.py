@@ -77,7 +77,7 @@ class Folder:
         write_whole(self.path / SUMMARY, lambda stream: stream.write(text.encode()))
 
     def metrics(self, rank: int | None, steps: int = 0) -> MetricsFile:
-        """Opens metrics.jsonl, or metrics.<rank>.jsonl if a rank is given.
+        """Returns metrics.jsonl, or metrics.<rank>.jsonl if a rank is given, to be opened.
 
         Args:
             rank: whose records, or None for those of all.
@@ -98,17 +98,24 @@ class MetricsFile:
     """One JSON object a line, on disk as soon as it is written."""
 
     def __init__(self, path: Path, steps: int = 0) -> None:
-        kept = _records_until(path, steps) if steps else []
-        write_whole(path, lambda stream: stream.writelines(kept))
-        self._stream = path.open("a", encoding="utf-8", buffering=1)
+        self._path, self._steps = path, steps
+        self._stream: IO[str] | None = None
+
+    def open(self) -> None:
+        """Removes the records of steps that come again; to be called when nothing can refuse the run any more."""
+        kept = _records_until(self._path, self._steps) if self._steps else []
+        write_whole(self._path, lambda stream: stream.writelines(kept))
+        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line."""
+        assert self._stream is not None, "open() comes first"
         self._stream.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

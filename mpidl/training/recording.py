@@ -44,16 +44,24 @@ class Recorder:
     ) -> None:
         self._way, self._metrics, self._progress, self._every = way, metrics, progress, every
         self._losses: list[tuple[torch.Tensor, int]] = []
-        self._since = time.monotonic()
-        self._started = self._since - before.seconds
+        self._before = before
+        self._since = self._started = time.monotonic()
         self._figures: Figures | None = None
         self.samples = before.samples  # of this rank, in all
         self.steps = before.steps
+        self.just_recorded = False  # after the last step
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far, those before a stop included."""
         return time.monotonic() - self._started
+
+    def start(self) -> None:
+        """Opens the metrics and starts the clock; to be called when training begins."""
+        if self._metrics is not None:
+            self._metrics.open()
+        self._since = time.monotonic()
+        self._started = self._since - self._before.seconds
 
     def add(self, loss: torch.Tensor, count: int) -> None:
         """Takes in one batch; the loss is not looked at yet, since on a GPU that would wait for it."""
@@ -69,7 +77,8 @@ class Recorder:
             step: steps done in this epoch.
             last: whether no more steps follow in this epoch, on all ranks in the synchronous way.
         """
-        if last or step % self._every == 0:
+        self.just_recorded = last or step % self._every == 0
+        if self.just_recorded:
             self._record(epoch)
         self._progress.update(epoch, step, self._figures)
 

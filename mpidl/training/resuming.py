@@ -107,12 +107,14 @@ def _choose(folder: Folder, settings: Settings, kept: Mapping[str, Any]) -> dict
     _check_settings(found, kept)
     workers: list[int | None] = []
     for rank in range(0 if settings.synchronous else found.manifest["world"]["ranks"]):
-        own = Store(worker_folder(folder.checkpoints, rank))
-        newest = own.newest(leaving.say)
+        newest = Store(worker_folder(folder.checkpoints, rank)).newest(leaving.say)
         workers.append(None if newest is None else newest.number)
     store.set_aside(found.number, leaving.say)
-    for rank, number in enumerate(workers):
-        Store(worker_folder(folder.checkpoints, rank)).set_aside(number or 0, leaving.say)
+    for own in folder.checkpoints.glob("worker.*"):
+        rank = int(own.suffix[1:])
+        # Of a worker that the newest part of the run did not have, all: its state belongs to an earlier part.
+        number = workers[rank] if rank < len(workers) else None
+        Store(own).set_aside(number or 0, leaving.say)
     return {"number": found.number, "workers": workers}
 
 
@@ -121,9 +123,9 @@ def _check_settings(found: Checkpoint, kept: Mapping[str, Any]) -> None:
     for key, now in kept.items():
         if key in ("options", "job_sha256"):
             continue
-        if before[key] != now:
+        if before.get(key) != now:
             name = _OPTION.get(key, "the number of training samples" if key == "training_samples" else f"--{key}")
-            raise ArgumentError(f"--resume: {name} was {before[key]} in {found.path}, is {now} now; give the same")
+            raise ArgumentError(f"--resume: {name} was {before.get(key)} in {found.path}, is {now} now; give the same")
     for name in sorted({*before["options"], *kept["options"]}):
         old, new = before["options"].get(name, "nothing"), kept["options"].get(name, "nothing")
         if old != new:
@@ -175,6 +177,8 @@ def _said(comm: Communicator, settings: Settings, origin: Origin) -> str:
         text += f"; written by {before} ranks, now {now}: the shares of the data differ"
     if now > before:
         text += f", random numbers of ranks {before} to {now - 1} begin from a seed of their own"
+    if manifest["versions"]["torch"] != torch.__version__:
+        text += f"; written with torch {manifest['versions']['torch']}, now {torch.__version__}: bits may differ"
     if position.epoch >= settings.epochs:
         text += "; nothing is left to train"
     return text

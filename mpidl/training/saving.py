@@ -91,6 +91,22 @@ class Subject:
         }
 
 
+class Timer:
+    """Tells when so many seconds have passed; never if None."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self.start()
+
+    def start(self) -> None:
+        """Counts from now."""
+        self._started = time.monotonic()
+
+    def rings(self) -> bool:
+        """Returns whether the time is over."""
+        return self._seconds is not None and time.monotonic() - self._started >= self._seconds
+
+
 class Saver(Protocol):
     """Told by the loop where it stands; writes a checkpoint when it is time."""
 
@@ -112,6 +128,8 @@ class Saver(Protocol):
 class SynchronousSaver:
     """All ranks write one checkpoint together, at the end of each epoch and where they agreed to stop.
 
+    With --checkpoint-every, also where they agreed in a record of metrics that it is time.
+
     Args:
         number: of the next checkpoint; equal on all ranks.
     """
@@ -119,10 +137,16 @@ class SynchronousSaver:
     def __init__(self, subject: Subject, number: int) -> None:
         self._subject, self._number = subject, number
         self._saved = subject.recorder.steps
+        self._timer = Timer(subject.settings.checkpoint_every if subject.comm.rank == 0 else None)
         self.failed = False
 
     def after_step(self, position: Position) -> None:
-        """Nothing is due within an epoch."""
+        """A wish of rank 0 travels with the next record; until then the others do not know it."""
+        way = self._subject.way
+        if way.due and self._subject.recorder.just_recorded:
+            self._save(position)
+        elif self._timer.rings():
+            way.due = True
 
     def after_epoch(self, position: Position) -> None:
         self._save(position)
@@ -137,6 +161,8 @@ class SynchronousSaver:
 
     def _save(self, position: Position) -> None:
         """A collective. What cannot be written leaves the checkpoint before it, and training goes on."""
+        self._subject.way.due = False
+        self._timer.start()
         comm, draft = self._subject.comm, Draft(self._subject.checkpoints, self._number)
         try:
             _on_rank_0(comm, draft.create)
@@ -178,7 +204,7 @@ class SynchronousSaver:
 
 
 class AsynchronousSaver:
-    """Each worker writes for itself, at its first commit after the end of each epoch, and at the end.
+    """Each worker writes for itself, at its first commit after it is time or an epoch has ended, and at the end.
 
     Args:
         number: of this worker's next checkpoint.
@@ -189,19 +215,22 @@ class AsynchronousSaver:
     def __init__(self, subject: Subject, number: int, shared_number: int, clock: int | None) -> None:
         self._subject, self._number, self._shared_number = subject, number, shared_number
         self._saved, self._saved_clock = subject.recorder.steps, clock
-        self._due = self.failed = False
+        self._timer = Timer(subject.settings.checkpoint_every)
+        self.failed = False
         self._local: dict[str, Any] = {}
 
     def after_step(self, position: Position) -> None:
         """Between two windows a worker holds nothing of its own but optimiser, buffers and random numbers."""
-        if self._due and self._subject.way.optimizer.exchanged:
-            self._due = False
+        way = self._subject.way
+        if (way.due or self._timer.rings()) and way.optimizer.exchanged:
+            way.due = False
+            self._timer.start()
             self._local = self._captured()
             self._save(position)
 
     def after_epoch(self, position: Position) -> None:
         if position.epoch < self._subject.settings.epochs:
-            self._due = True
+            self._subject.way.due = True
             self.after_step(position)
 
     def before_finish(self, position: Position) -> None:

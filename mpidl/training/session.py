@@ -14,7 +14,7 @@ from mpidl import runtime
 from mpidl.communicator import Communicator
 from mpidl.training import job as jobs
 from mpidl.training import resuming
-from mpidl.training.agreement import everywhere
+from mpidl.training.agreement import RefusedError, everywhere, workers
 from mpidl.training.checkpoint import Store, check_encodable
 from mpidl.training.data import Position, Share, first_batch, training_share
 from mpidl.training.evaluation import HeldOut, evaluate
@@ -54,7 +54,7 @@ class Progressed:
 
 
 def run(settings: Settings, stop: StopRequest, comm: Communicator | None = None) -> int:
-    """Trains the job as the settings say and writes its outputs; a collective over all ranks.
+    """Trains the job as the settings say and writes its outputs; a collective over all ranks, the last may only serve.
 
     Args:
         settings: what the user asked for.
@@ -68,7 +68,7 @@ def run(settings: Settings, stop: StopRequest, comm: Communicator | None = None)
         RefusedError: something was wrong before training; the same on every rank.
         HelpAskedError: the job's own options were asked for.
     """
-    comm = comm if comm is not None else mpidl.world()
+    comm = comm if comm is not None else workers(settings)
     job = everywhere(comm, lambda: jobs.load(settings.job, settings.job_options))
     prepared = everywhere(comm, lambda: _prepare(settings, job))
     kept = everywhere(comm, lambda: resuming.identity(settings, job.options, len(prepared.train)))
@@ -126,8 +126,9 @@ class _Run:
         seed_all(self.settings.seed + self.comm.rank)  # from here on: dropout, augmentation
         if self.origin is not None:
             start = self.origin.position
-            resuming.restore(self.origin, self._subject)
+            self._restore(self.origin)
         saver = self._new_saver()
+        self._recorder.start()
         loop = Loop(
             prepared.job, prepared.model, self.way, self._subject.scheduler, self._share, self._recorder, saver, stop
         )
@@ -142,6 +143,14 @@ class _Run:
         if not progressed.saved:
             return UNSAVED_STATUS
         return STOPPED_STATUS if progressed.stopped else 0
+
+    def _restore(self, origin: Origin) -> None:
+        try:
+            resuming.restore(origin, self._subject)
+        except RefusedError:  # on all ranks alike: so all can close what is open, and leave quietly
+            self._recorder.close()
+            self.way.optimizer.finish()
+            raise
 
     def _new_saver(self) -> Saver:
         """Numbers go on above all that were ever given."""
@@ -212,6 +221,7 @@ class _Run:
             "options": {name: resuming.plain(value) for name, value in self.prepared.job.options.items()},
             **self.way.totals(),
             "ranks": self.comm.size,
+            "servers": self.comm.servers,
             "nodes": self.comm.nodes,
             "threads_per_rank": torch.get_num_threads(),
             "mpi": runtime.mpi_description(),

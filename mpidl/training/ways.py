@@ -41,12 +41,13 @@ class Way(Protocol):
     """What the loop needs to know of a distributed optimiser."""
 
     optimizer: Any
+    due: bool  # rank 0, or an asynchronous worker, finds it time for a checkpoint
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
         """Says, around backward, how many samples this rank's batch holds."""
 
     def record(self, tally: Tally) -> dict[str, Any]:
-        """Returns the figures since the last record."""
+        """Returns the figures since the last record; synchronous: afterwards `due` is alike on all ranks."""
 
     def shared(self) -> Shared:
         """Returns what is to be saved now; called on rank 0 only, no collective."""
@@ -65,6 +66,7 @@ class SynchronousWay:
         self.optimizer = optimizer
         self._model, self._comm = model, comm
         self._communicated = 0.0
+        self.due = False
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
         manager: contextlib.AbstractContextManager[Any] = self.optimizer.samples(count)
@@ -73,9 +75,10 @@ class SynchronousWay:
     def record(self, tally: Tally) -> dict[str, Any]:
         """Figures of all ranks; a collective: every rank records after the same steps."""
         communicated = float(self.optimizer.statistics.seconds_communicating)
-        mine = np.array([tally.loss, tally.samples, tally.seconds, communicated - self._communicated])
+        mine = np.array([tally.loss, tally.samples, tally.seconds, communicated - self._communicated, self.due])
         self._communicated = communicated
-        loss, samples, seconds, communicating = (float(x) for x in self._comm.allreduce(mine))
+        loss, samples, seconds, communicating, due = (float(x) for x in self._comm.allreduce(mine))
+        self.due = due > 0
         size = self._comm.size
         return {
             "loss": loss / samples,
@@ -105,6 +108,7 @@ class AsynchronousWay:
         self.optimizer = optimizer
         self._model, self._comm = model, comm
         self._communicated = 0.0
+        self.due = False
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
         """Nobody's gradients are averaged with another's here: a batch weighs nothing."""

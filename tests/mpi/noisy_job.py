@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 
 import numpy as np
@@ -56,7 +57,9 @@ def data(train):
 
 def optimizer(parameters):
     kind, given = (torch.optim.SGD, {"momentum": 0.9}) if options.sgd else (torch.optim.Adam, {})
-    made.append(kind(parameters, lr=0.01, **given))
+    parts = list(parameters)
+    groups = [{"params": parts[:1]}, {"params": parts[1:]}] if "NOISY_GROUPS" in os.environ else parts
+    made.append(kind(groups, lr=0.01, **given))
     return made[-1]
 
 

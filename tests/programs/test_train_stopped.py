@@ -1,4 +1,4 @@
-"""How training ends before its time and goes on: asked by a signal it saves and ends with 75; killed, little is lost."""
+"""Training that ends before its time and goes on: asked by a signal it saves, status 75; killed, little is lost."""
 
 from __future__ import annotations
 
@@ -123,3 +123,63 @@ def test_a_signal_to_one_asynchronous_worker_stops_all(tmp_path: Path) -> None:
     assert newest(tmp_path).manifest["clock"] == summary(tmp_path)["commits"]
     for rank in range(3):
         assert newest(tmp_path, f"worker.{rank}").has("local.pt")
+
+
+def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Path) -> None:
+    """A step takes no time here: most of it goes into checkpoints."""
+    store, reached = Store(tmp_path / "checkpoints"), 0
+    for blow in ("kill", "launcher", "kill"):
+        running = start(tmp_path, "synchronous", 2, FOR_EVER, "--resume", step=0)
+
+        until(running, lambda above=reached + 3: max(store.numbers(), default=0) > above)
+        time.sleep(random.uniform(0, 0.2))
+        ended = running.seconds
+        if blow == "launcher":  # Open MPI's gives the ranks 0.2 s
+            running.process.send_signal(signal.SIGTERM)
+        else:
+            os.kill(random.choice(ranks_of(running)), signal.SIGKILL)
+        result = running.wait(60)
+        assert result.returncode != 0
+        assert result.seconds - ended < 30
+        assert result.left_over == 0
+        found = newest(tmp_path)
+        assert found.number > reached
+        assert found.manifest["position"]["epoch"] < found.number / 2  # most were written within epochs
+        assert 3 <= len(store.numbers()) <= 4
+        reached = found.number
+        assert "refused" not in result.stderr
+    running = start(tmp_path, "synchronous", 2, found.manifest["position"]["epoch"] + 1, "--resume", step=0)
+    result = running.wait(120)
+    assert result.returncode == 0, result.output
+    assert f"going on from {found.path}" in result.stderr
+
+
+def test_killed_workers_leave_a_center_and_their_own_states_to_go_on_from(tmp_path: Path) -> None:
+    running = start(tmp_path, "agn", 2)
+    until(
+        running, lambda: all(list(tmp_path.glob(f"checkpoints/{where}0*")) for where in ("", "worker.0/", "worker.1/"))
+    )
+    for pid in ranks_of(running):
+        os.kill(pid, signal.SIGKILL)
+    assert running.wait(60).returncode != 0
+    assert not (tmp_path / "summary.json").exists()
+    clock = newest(tmp_path).manifest["clock"]
+    epochs = 1 + max(newest(tmp_path, f"worker.{rank}").manifest["position"]["epoch"] for rank in range(2))
+    result = start(tmp_path, "agn", 2, epochs, "--resume", step=0).wait(120)
+    assert result.returncode == 0, result.output
+    assert newest(tmp_path).manifest["clock"] > clock
+    assert summary(tmp_path)["epochs_finished"] == epochs
+
+
+def test_a_second_signal_ends_the_job_at_once(tmp_path: Path) -> None:
+    running = start(tmp_path, "synchronous", 2, step=600)  # no step ends
+    until(running, (tmp_path / "metrics.jsonl").exists)
+    pid = ranks_of(running)[0]
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(2)
+    assert running.process.poll() is None
+    os.kill(pid, signal.SIGTERM)
+    result = running.wait(60)
+    assert result.returncode not in (0, STOPPED)
+    assert result.left_over == 0
+    assert "SIGTERM" in result.stderr

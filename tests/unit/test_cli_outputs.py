@@ -39,6 +39,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 def test_metrics_are_on_disk_line_by_line(tmp_path: Path) -> None:
     metrics = Folder(tmp_path).metrics(rank=2)
+    metrics.open()
     metrics.write({"loss": 0.5})
     assert json.loads((tmp_path / "metrics.2.jsonl").read_text()) == {"loss": 0.5}
     metrics.close()
@@ -48,13 +49,14 @@ def test_metrics_go_on_behind_the_records_of_the_steps_that_count(tmp_path: Path
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
     metrics = Folder(tmp_path).metrics(None, steps=5)
+    metrics.open()
     metrics.write({"step": 7})
     metrics.close()
     assert file.read_text() == '{"step": 2}\n{"step": 4}\n{"step": 7}\n'
-    Folder(tmp_path).metrics(None, steps=9).close()
+    Folder(tmp_path).metrics(None, steps=9).open()
     assert len(file.read_text().splitlines()) == 3
     file.write_text('{"step": 2}\n{"ste')  # the crash came while the second was written
-    Folder(tmp_path).metrics(None, steps=9).close()
+    Folder(tmp_path).metrics(None, steps=9).open()
     assert file.read_text() == '{"step": 2}\n'
 
 

@@ -132,8 +132,29 @@ def downpour(how: str) -> Any:
     return train(mpidl.Downpour, how, 20)
 
 
+def served(how: str) -> Any:
+    """Rank 1 is a worker, rank 2 a server."""
+    mpidl.world(servers=1)
+    return train(mpidl.AGN, how, 20)
+
+
+def server(how: str) -> Any:
+    """The server, rank 2, gets a signal while the others train."""
+    victim = mpidl.world(servers=1).service.whole.placement.processes[2].pid
+    signals = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal.SIGKILL}
+    WAYS[how] = lambda: os.kill(victim, signals[how])
+    return train(mpidl.AGN, how, 20)
+
+
 def main() -> Any:
-    places = {"plain": plain, "constructor": constructor, "synchronous": synchronous, "downpour": downpour}
+    places = {
+        "plain": plain,
+        "constructor": constructor,
+        "synchronous": synchronous,
+        "downpour": downpour,
+        "served": served,
+        "server": server,
+    }
     return places[sys.argv[1]](sys.argv[2])
 
 
