@@ -26,7 +26,9 @@ fi
 #
 # MPICH and others built on UCX:
 # export UCX_NET_DEVICES=mlx5_0:1    # a fast network by its device; ucx_info -d lists them
-# export UCX_TLS=tcp,self,sm         # plain Ethernet
+# export UCX_TLS=tcp,self            # plain Ethernet
+# Name few: with many, the addresses of ranks become longer than SLURM's pmi2 takes, and MPICH's start fails now and then
+# ("mpi/pmi2: value not properly terminated in client request", "Destination is unreachable").
 # Open MPI over Ethernet:
 # export OMPI_MCA_btl_tcp_if_include=eth0
 # Intel MPI:

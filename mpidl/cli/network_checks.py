@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpidl.topology import Topology
 
 _ASLEEP = 0.5  # seconds that a rank stays outside MPI while the others write to it
-_FAR = 1 << 17  # elements of float64, 1 MiB, that ranks of other nodes add meanwhile
+_FAR = 1 << 13  # elements of float64, 64 KiB, that ranks of other nodes add meanwhile
 _ROUND_TRIPS = 50
 _MESSAGES = (1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes; larger ones are tried while a round trip is short
 _LONG = 0.05  # seconds
@@ -52,7 +52,7 @@ def one_sided(world: Communicator) -> Finding:
 
 
 def one_sided_between_nodes(world: Communicator) -> Finding | None:
-    """A mebibyte accumulated by every rank of another node towards rank 0, which is outside MPI."""
+    """64 KiB accumulated by every rank of another node towards rank 0, which is outside MPI."""
     import numpy as np
 
     from mpidl.window import Window
@@ -76,7 +76,7 @@ def one_sided_between_nodes(world: Communicator) -> Finding | None:
     window.close()
     far = [rank for rank in range(world.size) if nodes[rank] != nodes[0]]
     sound = bool((found == sum(rank + 1 for rank in far)).all())
-    return _one_sided_finding(world, "one-sided between nodes", sound, waited, f"1 MiB from each of {len(far)} rank(s)")
+    return _one_sided_finding(world, "one-sided between nodes", sound, waited, f"64 KiB from each of {len(far)} rank(s)")
 
 
 def _while_rank_0_is_away(world: Communicator, act: Callable[[], object]) -> float:

@@ -56,7 +56,7 @@ def test_several_nodes_get_lines_of_their_own() -> None:
     assert list(report) == SUBJECTS + BETWEEN, result.output
     assert result.returncode == 0
     assert report["ranks per node"].endswith("3 x 1 (nodes x ranks), pretended by MPIDL_NODE_SIZE")
-    assert "1 MiB from each of 2 rank(s), right" in report["one-sided between nodes"]
+    assert "64 KiB from each of 2 rank(s), right" in report["one-sided between nodes"]
     assert " us, " in report["speed between nodes"]
 
 
