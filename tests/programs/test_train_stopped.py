@@ -107,9 +107,8 @@ def test_a_synchronous_run_stopped_by_sigterm_and_resumed_ends_bit_for_bit_as_an
     assert summary(stopped)["held_out_loss"] == summary(whole)["held_out_loss"]
 
 
-@pytest.mark.parametrize("algorithm", ["synchronous", "agn"])
-def test_a_signal_to_the_launcher_stops_all_ranks(tmp_path: Path, algorithm: str) -> None:
-    running = start(tmp_path, algorithm, 3, FOR_EVER, "--resume")
+def test_a_signal_to_the_launcher_stops_all_ranks(tmp_path: Path) -> None:
+    running = start(tmp_path, "synchronous", 3, FOR_EVER, "--resume")
     until_saved(running, tmp_path)
     running.process.send_signal(signal.SIGUSR1)
     check_stopped(tmp_path, running.wait(60))
@@ -128,7 +127,7 @@ def test_a_signal_to_one_asynchronous_worker_stops_all(tmp_path: Path) -> None:
 def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Path) -> None:
     """A step takes no time here: most of it goes into checkpoints."""
     store, reached = Store(tmp_path / "checkpoints"), 0
-    for blow in ("kill", "launcher", "kill"):
+    for blow in ("launcher", "kill"):
         running = start(tmp_path, "synchronous", 2, FOR_EVER, "--resume", step=0)
 
         until(running, lambda above=reached + 3: max(store.numbers(), default=0) > above)
