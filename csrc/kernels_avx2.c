@@ -62,10 +62,6 @@ MPIDL_INLINE void halves_store(char *memory, halves bits) {
     _mm256_storeu_si256((__m256i *)memory, bits);
 }
 
-MPIDL_INLINE void halves_stream(char *memory, halves bits) {
-    _mm256_stream_si256((__m256i *)memory, bits);
-}
-
 MPIDL_INLINE void stream_end(void) {
     _mm_sfence();
 }

@@ -1,8 +1,8 @@
 /* Kernels for the floating types, by intrinsics: copy, scale, cast and sum of squares in one pass.
  *
  * Compiled once for each instruction set that has them. kernels_SET.c defines, on sixteen elements at a time, the types
- * floats, doubles and halves (float16 or bfloat16, as bits), then TYPE_load, _store, _stream, _times, _squares and the
- * casts, and includes this file. Integers are copied by plain loops, which suffice.
+ * floats, doubles and halves (float16 or bfloat16, as bits), then TYPE_load, _store, _stream, _times and _squares as
+ * far as they are used below, and the casts, and includes this file. Integers are copied by plain loops, which suffice.
  */
 #include "kernels.h"
 
@@ -10,6 +10,28 @@
 #define narrow_float32(values) (*(values))
 #define widen_float64(bits) (bits)
 #define narrow_float64(values) (*(values))
+
+MPIDL_INLINE void floats_write(char *out, floats values, bool streamed) {
+    if (streamed) {
+        floats_stream(out, values);
+    } else {
+        floats_store(out, values);
+    }
+}
+
+MPIDL_INLINE void doubles_write(char *out, doubles values, bool streamed) {
+    if (streamed) {
+        doubles_stream(out, values);
+    } else {
+        doubles_store(out, values);
+    }
+}
+
+/* Never streamed: measured, nothing is gained. */
+MPIDL_INLINE void halves_write(char *out, halves bits, bool streamed) {
+    (void)streamed;
+    halves_store(out, bits);
+}
 
 /* Sixteen elements, MPIDL_LANES of them. `scaled` and `streamed` are constants wherever it is called. */
 typedef void step(const char *source, char *out, double scale, bool scaled, bool streamed, doubles *sums);
@@ -67,7 +89,7 @@ MPIDL_INLINE void move_streamed(step *one, size_t source_item, size_t out_item, 
 
 MPIDL_INLINE void move(step *one, size_t source_item, size_t out_item, const char *source, char *out, int64_t count,
                        double scale, bool streamed, double *lanes) {
-    streamed = streamed && (uintptr_t)out % out_item == 0 && count >= MPIDL_LANES;
+    streamed = streamed && out_item >= sizeof(float) && (uintptr_t)out % out_item == 0 && count >= MPIDL_LANES;
     if (scale == 1.0 && streamed) {
         move_streamed(one, source_item, out_item, source, out, count, 1, false, lanes);
     } else if (scale == 1.0) {
@@ -101,11 +123,7 @@ MPIDL_INLINE void move(step *one, size_t source_item, size_t out_item, const cha
         } else {                                                                                                     \
             written = UNSCALED(bits, &values);                                                                       \
         }                                                                                                            \
-        if (streamed) {                                                                                              \
-            TO##_stream(out, written);                                                                               \
-        } else {                                                                                                     \
-            TO##_store(out, written);                                                                                \
-        }                                                                                                            \
+        TO##_write(out, written, streamed);                                                                          \
         *sums = REAL##_squares(*sums, values);                                                                       \
     }                                                                                                                \
     static void NAME(const char *restrict source, char *restrict out, int64_t count, double scale, bool streamed,    \

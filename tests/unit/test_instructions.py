@@ -127,18 +127,23 @@ def test_all_sets_give_the_same_bits(use: Use, dtypes: tuple[str, str], scale: f
         np.testing.assert_equal(found[1], expected[1], err_msg=name)  # exactly, or both are NaN
 
 
+STREAMED = [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")]
+
+
 def cut(total: int) -> list[int]:
     """Lengths that bring every misalignment of a float32, a long run among them."""
     lengths = [*range(1, 40), 1000, 65_537]
     return [*lengths, total - sum(lengths)]
 
 
-@pytest.mark.parametrize("shift", [0, 1, 4, 20, 62])
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("float64", "float64")])
+@pytest.mark.parametrize("shift", [0, 1, 8, 20])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")], ids="-".join
+)
 def test_large_calls_give_the_bits_of_portable_c(use: Use, dtypes: tuple[str, str], shift: int) -> None:
-    """From 16 MiB on some sets write past the caches, on aligned places: no bit and no neighbour may change."""
+    """From 32 MiB on some sets write past the caches, on aligned places: no bit and no neighbour may change."""
     out_size = ITEMSIZES[dtypes[1]]
-    counts = cut((1 << 24) // out_size + 100)
+    counts = cut((1 << 25) // out_size + 100)
     offsets = np.cumsum([0, *counts[:-1]]) + np.arange(len(counts))  # a gap of one element after each segment
     table = packing.Table(tuple(counts), tuple(offsets.tolist()))
     memory = as_bytes(tame(dtypes[0], max(counts)))
