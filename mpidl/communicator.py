@@ -9,13 +9,14 @@ from collections import deque
 from typing import Any
 
 from mpidl import leaving, operations, runtime, topology
-from mpidl.errors import ArgumentError, MismatchError
+from mpidl.errors import ArgumentError, ClosedError, MismatchError
 from mpidl.operations import Steps
 from mpidl.service import Service, serve
 from mpidl.topology import Topology
 from mpidl.waiting import Watch
 
 _world: Communicator | None = None
+_served = False  # this rank was a server, and its workers have ended
 
 
 def world(servers: int | None = None) -> Communicator:
@@ -35,17 +36,21 @@ def world(servers: int | None = None) -> Communicator:
     Raises:
         ArgumentError: `servers` is no such number, or an earlier call said another.
         MismatchError: the ranks asked for different numbers of servers.
+        ClosedError: this rank was a server, and goes on although its work is done.
         ForkedError: called in a child process.
         NoMPIError: no MPI library was found.
         SystemExit: on a server, when its work is done.
     """
-    global _world
+    global _world, _served
     runtime.mpi()  # refuses forked children even when the world is cached
+    if _served:
+        raise ClosedError("world: this rank served, and its workers have ended")
     if _world is None:
         whole = topology.start_world()
         _agree_on_servers(whole, 0 if servers is None else servers)
         made = split_servers(whole, servers or 0)
         if made is None:
+            _served = True
             raise SystemExit(0)
         runtime.set_torch_threads(made.topology.ranks_on_my_cores())
         _world = made
