@@ -48,7 +48,8 @@ def one_sided(world: Communicator) -> Finding:
     sound = bool((found[1:] == np.arange(1, 1024) * (left + 1)).all())
     counted = window.fetch_add(0, 0, 0) == world.size
     window.close()
-    return _one_sided_finding(world, "one-sided MPI", sound and counted, waited, f"{world.size} rank(s)")
+    remedy = "workers will wait for each other"
+    return _one_sided_finding(world, "one-sided MPI", sound and counted, waited, f"{world.size} rank(s)", remedy=remedy)
 
 
 def one_sided_between_nodes(world: Communicator) -> Finding | None:
@@ -76,7 +77,9 @@ def one_sided_between_nodes(world: Communicator) -> Finding | None:
     window.close()
     far = [rank for rank in range(world.size) if nodes[rank] != nodes[0]]
     sound = bool((found == sum(rank + 1 for rank in far)).all())
-    return _one_sided_finding(world, "one-sided between nodes", sound, waited, f"64 KiB from each of {len(far)} rank(s)")
+    what = f"64 KiB from each of {len(far)} rank(s)"
+    remedy = "workers rely on each other's helper threads; ranks that only serve answer sooner (mpidl train --servers)"
+    return _one_sided_finding(world, "one-sided between nodes", sound, waited, what, remedy=remedy)
 
 
 def _while_rank_0_is_away(world: Communicator, act: Callable[[], object]) -> float:
@@ -91,7 +94,9 @@ def _while_rank_0_is_away(world: Communicator, act: Callable[[], object]) -> flo
     return seconds
 
 
-def _one_sided_finding(world: Communicator, subject: str, sound: bool, waited: float, what: str) -> Finding:
+def _one_sided_finding(
+    world: Communicator, subject: str, sound: bool, waited: float, what: str, *, remedy: str
+) -> Finding:
     results = everywhere(world, {"sound": sound, "waited": waited})
     if not all(one["sound"] for one in results):
         return Finding(
@@ -102,7 +107,7 @@ def _one_sided_finding(world: Communicator, subject: str, sound: bool, waited: f
         return Finding(
             "WARN",
             subject,
-            f"right, but a rank outside MPI kept others waiting for {longest:.2f} s: workers will wait for each other",
+            f"right, but a rank outside MPI kept others waiting for {longest:.2f} s: {remedy}",
         )
     return Finding("ok", subject, f"{what}, right; {longest * 1e3:.1f} ms towards a sleeping rank")
 

