@@ -207,7 +207,7 @@ for n in range(1, 1000):
     )
     assert result.returncode == 0, result.stderr
     moments = int(result.stdout.split()[-1])
-    assert moments > 20
+    assert moments > 15
     found = []
     for n in range(1, moments + 1):
         checkpoint, said = newest(tmp_path / str(n))
