@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ import safetensors.torch
 import torch
 
 from mpidl.errors import ArgumentError
-from mpidl.training.outputs import sync_folder, write_whole
+from mpidl.training.outputs import sync_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -128,7 +129,7 @@ class Draft:
 
     def add(self, name: str, content: bytes) -> Entry:
         """Writes one file and returns what the manifest must say of it."""
-        write_whole(self._folder / name, lambda stream: stream.write(content))
+        self._write(name, content)
         return Entry(len(content), hashlib.sha256(content).hexdigest())
 
     def commit(self, content: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
@@ -143,9 +144,16 @@ class Draft:
         files = {name: asdict(entry) for name, entry in entries.items()}
         manifest = {"format": FORMAT, **content, "files": files}
         text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
-        write_whole(self._folder / MANIFEST, lambda stream: stream.write(text.encode()))
-        self._folder.rename(self._target)
+        self._write(MANIFEST, text.encode())
+        sync_folder(self._folder)
+        self._folder.rename(self._target)  # content and names are on disk before the folder gets its own
         sync_folder(self._target.parent)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with (self._folder / name).open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def drop(self) -> None:
         """Removes what was written of it."""

@@ -27,6 +27,7 @@ from mpidl.training.checkpoint import (
     decode_tensors,
     encode,
     encode_tensors,
+    open_checkpoint,
 )
 from mpidl.training.randomness import random_state, restore_random_state, seed_all, seed_for
 
@@ -206,13 +207,15 @@ for n in range(1, 1000):
     )
     assert result.returncode == 0, result.stderr
     moments = int(result.stdout.split()[-1])
-    assert moments > 20
+    assert moments > 15
     found = []
     for n in range(1, moments + 1):
         checkpoint, said = newest(tmp_path / str(n))
         assert said == []
         assert checkpoint is not None
         assert decode(checkpoint.read("training.pt")) == {"number": checkpoint.number}
+        for number in Store(tmp_path / str(n)).numbers():
+            open_checkpoint(tmp_path / str(n) / f"{number:06d}").check()
         found.append(checkpoint.number)
         Store(tmp_path / str(n)).set_aside(checkpoint.number, lambda text: None)
         assert all(name.isdigit() for name in names(tmp_path / str(n)))
