@@ -36,7 +36,7 @@ MEAN, DEVIATION = 0.2860, 0.3530  # of the training pixels, between 0 and 1
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default=DEBIAN, help="folder with the four .gz files [default: %(default)s]")
     parser.add_argument("--network", choices=["cnn", "mlp"], default="cnn", help="[default: %(default)s]")
-    parser.add_argument("--lr", type=float, default=0.05, help="learning rate of SGD [default: %(default)s]")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of SGD [default: %(default)s]")
     parser.add_argument("--momentum", type=float, default=0.9, help="of SGD [default: %(default)s]")
     parser.add_argument("--limit", type=int, help="take the first LIMIT pictures of each file only, for a try")
 

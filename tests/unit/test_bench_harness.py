@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +72,20 @@ def test_enough_rounds_and_warm_ups_by_default() -> None:
     assert harness.QUICK.rounds < FEWEST_ROUNDS  # a quick run decides nothing
 
 
-def test_short_operations_are_repeated_within_a_turn() -> None:
-    turns: list[str] = []
-    slow = Contender("slow", lambda: time.sleep(0.02), lambda: "")
-    found = measure(CASE, [Noted(turns, "fast").contender(), slow], Alone(), Plan(2, 3, 0.01, 50))
-    assert found[0].repeats == 50
-    assert found[1].repeats == 1
-    assert len(turns) == 2 + 3 * 50
-    assert all(seconds >= 0.02 for seconds in found[1].seconds)
-    twice = measure(Case("case", {}, 1.0, least_repeats=2), [slow], Alone(), Plan(1, 2, 0.0))
-    assert twice[0].repeats == 2
-    assert min(twice[0].seconds) >= 0.02  # of one operation, not of a turn
+def test_short_operations_are_repeated_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def lasting(name: str, seconds: float) -> Contender:
+        return Contender(name, lambda: now.__setitem__(0, now[0] + seconds), lambda: "")
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    contenders = [lasting("fast", 2**-13), lasting("slow", 2**-6), lasting("fastest", 2**-20)]
+    found = measure(CASE, contenders, Alone(), Plan(warm_ups=2, rounds=3, turn=2**-7, most_repeats=100))
+    assert [one.repeats for one in found] == [64, 1, 100]
+    assert [one.seconds for one in found] == [[2**-13] * 3, [2**-6] * 3, [2**-20] * 3]  # of one operation, not a turn
+    before = now[0]
+    measure(Case("case", {}, 1.0, least_repeats=5), [lasting("slow", 1.0)], Alone(), Plan(2, 3, 0.0))
+    assert now[0] - before == 2 + 3 * 5
 
 
 def test_a_wrong_result_is_no_figure() -> None:
