@@ -58,7 +58,7 @@ prepare() { # mpi
     say "$1: preparing $venv"
     [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
     rm -rf build # left by an earlier installation; setuptools would pack files that are no longer in the source
-    "$venv/bin/pip" --disable-pip-version-check install --quiet -c jobs/constraints.txt "${index[@]}" ".[$1,jobs,test]"
+    "$venv/bin/pip" --disable-pip-version-check install --quiet -c jobs/constraints.txt "${index[@]}" ".[$1,jobs,plot,test]"
 }
 
 # A suite writes one line of totals when it comes to its end; one that does not has failed as a whole.
