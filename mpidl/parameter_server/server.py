@@ -91,6 +91,18 @@ class Server:
         self._window.flush()
         return landed
 
+    def restore(self, clock: int, residual: np.ndarray[Any, Any] | None) -> None:
+        """Makes a variable that was just made go on from a saved one; by one rank, before any commit or pull.
+
+        Args:
+            clock: commits in the saved variable.
+            residual: saved minus initial, where the initial one was rounded; the sum is exact.
+        """
+        if residual is not None:
+            self._correct(residual)
+            self._window.flush()
+        self.clock.advance(clock)
+
     def _correct(self, residual: np.ndarray[Any, Any]) -> None:
         """Adds the few elements that are not zero; MPI keeps them behind the commit's own, element by element."""
         for part in self._order:

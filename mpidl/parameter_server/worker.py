@@ -83,6 +83,7 @@ class Worker(DistributedOptimizer):
         self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service)
         self._clock = 0  # at the last pull
         self._steps = 0  # local steps since the last pull
+        self._last: tuple[int, np.ndarray[Any, Any]] | None = None  # clock and center at `finish()`
         self._stop_wished = False
         self.stopping = False
 
@@ -117,15 +118,42 @@ class Worker(DistributedOptimizer):
 
     def center(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Returns the clock and a copy of the center variable, by parameter name; one-sided, not a collective."""
+        clock, flat = self.snapshot()
+        return clock, self.named(flat)
+
+    def snapshot(self) -> tuple[int, np.ndarray[Any, Any]]:
+        """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there."""
+        if self._last is not None:
+            return self._last
         flat = np.empty(self._layout.count, self._layout.dtype)
-        clock = self._server.pull(flat)
+        return self._server.pull(flat), flat
+
+    def named(self, flat: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        """Returns the parts of a flat center by parameter name, in the parameters' dtypes."""
         copies = {}
         rows = zip(self._held, self._views(), self._orders, self._layout.slots, strict=True)
         for (name, _), view, order, slot in rows:
             dense = torch.empty(view.shape, dtype=view.dtype)
             _unpack(flat[slot.offset : slot.offset + slot.count], dense)
             copies[name] = dense.permute(tuple(np.argsort(order))).clone()
-        return clock, copies
+        return copies
+
+    def restore(self, clock: int, center: np.ndarray[Any, Any] | None = None) -> None:
+        """Makes a run go on from a saved center; a collective before the first step.
+
+        Args:
+            clock: how many commits are in it.
+            center: as `snapshot` gave it, if it is wider than the parameters, which the model holds already.
+        """
+        if self._ranks.rank == 0:
+            self._server.restore(clock, None if center is None else center - self._start)
+        self._ranks.barrier("restoring the center")  # nobody may commit before, nor pull
+        self._pull()
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether this worker took no local step since its last exchange."""
+        return self._steps == 0
 
     def request_stop(self) -> None:
         """Asks all workers to stop; each sees `stopping` become True at its next commit."""
@@ -146,7 +174,7 @@ class Worker(DistributedOptimizer):
         if self._steps:
             self._exchange()
         self._ranks.barrier("finish")  # after it every commit has landed: each rank flushed its own
-        self._pull()
+        self._last = self._pull()
         self._server.close()
 
     def _exchange(self) -> None:
@@ -179,7 +207,7 @@ class Worker(DistributedOptimizer):
                 "from the center. If it happens again and again, the local optimizer's state (momentum) may hold it too"
             )
 
-    def _pull(self) -> None:
+    def _pull(self) -> tuple[int, np.ndarray[Any, Any]]:
         flat = np.empty(self._layout.count, self._layout.dtype)
         self._clock = self._server.pull(flat)
         self.statistics.bytes += flat.nbytes
@@ -189,6 +217,7 @@ class Worker(DistributedOptimizer):
         # may be committed.
         self._start = self._flat()
         self._steps = 0
+        return self._clock, flat
 
     def _flat(self) -> np.ndarray[Any, Any]:
         flat = np.empty(self._layout.count, self._layout.dtype)

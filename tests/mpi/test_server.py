@@ -23,7 +23,7 @@ from mpidl.window import Window
 RANKS = (4, 8)
 SERVERS = (0, 1, 2)
 SIZES = (1, 3, 4, 8, (1, 1), (2, 2), (6, 2))
-ROUNDS = 1000
+ROUNDS = int(os.environ.get("MPIDL_TESTS_ROUNDS", "1000"))
 ELEMENTS = 1003  # shards of unequal size, on every number of ranks
 
 
