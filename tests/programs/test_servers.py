@@ -8,9 +8,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from launching import MPIDL, Result, run_ranks, start_ranks
 
 TOP = Path(__file__).parents[2]
@@ -208,20 +208,31 @@ def test_ctrl_c_ends_workers_and_servers(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- mpidl train
 
 
-def test_mpidl_train_with_a_server(tmp_path: Path) -> None:
-    arguments = ["--algorithm", "downpour", "--servers", "1", "--epochs", "2", "--output", str(tmp_path / "out")]
-    result = run_ranks(3, [MPIDL, "train", str(DIGITS), *arguments], timeout=120)
-    assert result.returncode == 0, result.output
-    names = sorted(entry.name for entry in (tmp_path / "out").iterdir())
-    assert names == ["checkpoint.pt", "metrics.0.jsonl", "metrics.1.jsonl", "summary.json"]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["ranks"], summary["servers"], summary["held_out_samples"]) == (2, 1, 360)
-    assert summary["samples"] == 2 * 2 * 719  # each worker's padded half of 1,437, twice
-    assert sum(summary["staleness"].values()) == summary["commits"] == 2 * 30  # 2 x 45 steps each, windows of 3
-    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["ranks"] == 2
-    refused = run_ranks(
-        3, [MPIDL, "train", str(DIGITS), "--servers", "1", "--output", str(tmp_path / "x")], timeout=120
-    )
+def summary(output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    return content
+
+
+def test_mpidl_train_with_a_server_and_resume(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    program = [MPIDL, "train", str(DIGITS), "--algorithm", "downpour", "--servers", "1", "--output", str(output)]
+    for epochs, more in ((1, []), (2, ["--resume"])):
+        result = run_ranks(3, [*program, "--epochs", str(epochs), *more], timeout=120)
+        assert result.returncode == 0, result.output
+        found = summary(output)
+        assert (found["ranks"], found["servers"], found["held_out_samples"]) == (2, 1, 360)
+        assert found["samples"] == epochs * 2 * 719  # each worker's padded half of 1,437
+        assert sum(found["staleness"].values()) == found["commits"] == epochs * 30  # 2 x 45 steps, windows of 3
+        manifest = json.loads((output / found["checkpoint"] / "manifest.json").read_text())
+        assert manifest["clock"] == epochs * 30  # went on from where it was
+        assert manifest["world"]["ranks"] == 2
+    names = sorted(entry.name for entry in output.iterdir())
+    assert names == ["checkpoints", "metrics.0.jsonl", "metrics.1.jsonl", "summary.json"]
+
+
+def test_servers_of_the_synchronous_way_are_refused_by_name(tmp_path: Path) -> None:
+    program = [MPIDL, "train", str(DIGITS), "--servers", "1", "--output", str(tmp_path / "x")]
+    refused = run_ranks(2, program, timeout=120)
     assert refused.returncode == 2, refused.output
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("mpidl: ")]
     assert line.startswith("mpidl: --servers 1: --algorithm synchronous has no parameter server")
@@ -229,13 +240,14 @@ def test_mpidl_train_with_a_server(tmp_path: Path) -> None:
 
 
 def test_a_stop_on_request_keeps_its_status(tmp_path: Path) -> None:
+    """The launcher passes the signal on to all ranks: the server goes on serving while the workers save."""
     arguments = ["--algorithm", "agn", "--servers", "1", "--epochs", "100000", "--output", str(tmp_path)]
     running = start_ranks(3, [MPIDL, "train", str(DIGITS), *arguments])
-    while not (tmp_path / "checkpoint.pt").exists():
+    while not list(tmp_path.glob("checkpoints/0*")):
         assert running.process.poll() is None, running.printed()
         assert running.seconds < 120, running.printed()
         time.sleep(0.05)
     running.process.send_signal(signal.SIGUSR1)
     result = running.wait(60)
     assert result.returncode == 75, result.output
-    assert json.loads((tmp_path / "summary.json").read_text())["stopped"] is True
+    assert summary(tmp_path)["stopped"] is True
