@@ -1,44 +1,9 @@
 /* The public calls: checks first, so that nothing is written on an error, then one kernel over the segments. */
-#include <float.h>
-#include <math.h>
-#include <stdbool.h>
-
+#include "checks.h"
 #include "kernels.h"
 
 /* The direction that data takes between the addressed segments and the flat buffer. */
 typedef enum { TO_FLAT, FROM_FLAT } direction;
-
-/* A scale that the arithmetic cannot hold would turn every element into an infinity or a zero. */
-static bool scale_fits(int dtype, double scale) {
-    if (mpidl_is_integer(dtype)) {
-        return scale == 1.0;
-    }
-    if (dtype == MPIDL_FLOAT64) {
-        return isfinite(scale);
-    }
-    return fabs(scale) <= FLT_MAX && ((float)scale != 0 || scale == 0);
-}
-
-static int check(int64_t segments, const uintptr_t *addresses, const int64_t *counts, const int64_t *offsets,
-                 uintptr_t flat) {
-    if (segments < 0) {
-        return MPIDL_BAD_COUNT;
-    }
-    if (segments > 0 && (!addresses || !counts || !offsets)) {
-        return MPIDL_BAD_ADDRESS;
-    }
-    /* Below this limit no sum or product with an itemsize overflows. */
-    const int64_t limit = INT64_MAX / 32;
-    for (int64_t s = 0; s < segments; s++) {
-        if (counts[s] < 0 || counts[s] > limit || offsets[s] < 0 || offsets[s] > limit) {
-            return MPIDL_BAD_COUNT;
-        }
-        if (counts[s] > 0 && (!addresses[s] || !flat)) {
-            return MPIDL_BAD_ADDRESS;
-        }
-    }
-    return MPIDL_OK;
-}
 
 static int move(direction way, int64_t segments, const uintptr_t *addresses, const int64_t *counts,
                 const int64_t *offsets, int segment_dtype, uintptr_t flat, int flat_dtype, double scale,
@@ -48,10 +13,13 @@ static int move(direction way, int64_t segments, const uintptr_t *addresses, con
     if (!kernel) {
         return MPIDL_BAD_DTYPE;
     }
-    if (!scale_fits(source_dtype, scale)) {
+    if (!mpidl_scale_fits(source_dtype, scale)) {
         return MPIDL_BAD_SCALE;
     }
-    int status = packed ? check(segments, addresses, counts, offsets, flat) : MPIDL_BAD_ADDRESS;
+    int status = packed ? mpidl_check_table(segments, counts, offsets) : MPIDL_BAD_ADDRESS;
+    if (status == MPIDL_OK) {
+        status = mpidl_check_addresses(segments, addresses, counts, flat);
+    }
     if (status != MPIDL_OK) {
         return status;
     }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.errors import (
         ArgumentError,
         ClosedError,
+        DeviceError,
         DtypeError,
         ExtensionError,
         ForkedError,
@@ -49,6 +50,7 @@ _HOME = {
     "RankFailedError": "errors",
     "ClosedError": "errors",
     "ForkedError": "errors",
+    "DeviceError": "errors",
     "ExtensionError": "errors",
     "NoMPIError": "errors",
     "LauncherError": "errors",
@@ -59,6 +61,7 @@ __all__ = [
     "ArgumentError",
     "ClosedError",
     "Communicator",
+    "DeviceError",
     "Downpour",
     "DtypeError",
     "ExtensionError",
