@@ -15,17 +15,22 @@ trap 'rm -rf "$folder"' EXIT
 export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0
 export UBSAN_OPTIONS=print_stacktrace=1
 
-check() { # check LABEL [FLAG...]
+check() { # check LABEL [FLAG...] SOURCE...
     label=$1
     shift
     # CC may hold a command with arguments.
     # shellcheck disable=SC2086
     $CC -std=gnu11 -g -Wall -Wextra -Werror -ffp-contract=off -fno-trapping-math -fno-math-errno \
-        -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all "$@" -Icsrc \
-        -o "$folder/driver" tests/native_driver.c csrc/kernels.c csrc/packing.c
+        -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Icsrc \
+        -o "$folder/driver" "$@"
     printf '%s: ' "$label"
     "$folder/driver"
 }
 
-check "clones" -O1
-check "one clone" -O1 -DMPIDL_ONE_CLONE
+native="tests/native_driver.c csrc/kernels.c csrc/packing.c"
+# shellcheck disable=SC2086 # three files
+check "clones" -O1 $native
+# shellcheck disable=SC2086
+check "one clone" -O1 -DMPIDL_ONE_CLONE $native
+check "the device's kernels, on the host" -O1 -Itests/cuda_host tests/cuda_host/driver.c tests/cuda_host/runtime.c \
+    csrc/cuda_memory.c -x c csrc/cuda_packing.cu

@@ -47,11 +47,11 @@ int64_t cuda_host_allocations;
 static struct host_stream default_stream;
 static int current_device;
 static char *arena;
-static size_t arena_used;
+static size_t arena_used, last_start;
 static const size_t ARENA = (size_t)1 << 31;
 
 static void open_arena(int open) {
-    if (arena) {
+    if (arena_used > 0) {
         mprotect(arena, arena_used, open ? PROT_READ | PROT_WRITE : PROT_NONE);
     }
 }
@@ -161,7 +161,7 @@ const char *cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "an error";
 }
 
-/* Never used again after it was freed, so that use after that shows too. New memory is not clean. */
+/* What was freed is used again only if it was the last, so that use after that mostly shows. New memory is not clean. */
 cudaError_t cudaMalloc(void **memory, size_t nbytes) {
     if (!arena) {
         arena = mmap(NULL, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -170,6 +170,7 @@ cudaError_t cudaMalloc(void **memory, size_t nbytes) {
     if (arena == MAP_FAILED || arena_used + whole > ARENA) {
         return cudaErrorMemoryAllocation;
     }
+    last_start = arena_used;
     *memory = arena + arena_used;
     arena_used += whole;
     cuda_host_allocations++;
@@ -180,7 +181,10 @@ cudaError_t cudaMalloc(void **memory, size_t nbytes) {
 }
 
 cudaError_t cudaFree(void *memory) {
-    (void)memory;
+    if (memory == arena + last_start) {
+        mprotect(memory, arena_used - last_start, PROT_NONE);
+        arena_used = last_start;
+    }
     return cudaSuccess;
 }
 

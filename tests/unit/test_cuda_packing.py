@@ -203,10 +203,11 @@ def test_results_belong_to_their_calls_until_the_slots_come_round() -> None:
         for scale in (1.0, 2.0, 3.0, 4.0)
     ]
     assert [table.result(ticket)[1] for ticket in reversed(tickets)] == [400.0, 225.0, 100.0, 25.0]
-    table.gather([source.address], "float32", flat.address, "float32", scale=1.0, stream=0)
+    again = table.gather([source.address], "float32", flat.address, "float32", scale=5.0, stream=0)
     with pytest.raises(DeviceError, match="status 101"):
         table.result(tickets[0])
     assert table.result(tickets[1]) == (2, 100.0, True)
+    assert table.result(again) == (2, 625.0, True)
 
 
 def test_the_order_is_the_callers_streams() -> None:
