@@ -13,6 +13,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,27 @@ CSRC = HERE.parents[1] / "csrc"
 
 @functools.cache
 def host_library() -> Path:
-    """The shared library, built once per process; gcc is there wherever mpidl was built."""
+    """The shared library, built once per process, or per launch of ranks; gcc is there wherever mpidl was built."""
+    if "MPIDL_TESTS_FOLDER" in os.environ:
+        return _built_by_one(Path(os.environ["MPIDL_TESTS_FOLDER"]))
     folder = Path(tempfile.mkdtemp(prefix="mpidl-cuda-host-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / "host.so"
+    return _build(folder / "host.so")
+
+
+def _built_by_one(folder: Path) -> Path:
+    """The rank that comes first builds; the file appears when it is whole."""
+    target = folder / "cuda_host.so"
+    try:
+        os.close(os.open(folder / "cuda_host.begun", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        while not target.exists():
+            time.sleep(0.05)
+        return target
+    return _build(folder / "cuda_host.part.so").rename(target)
+
+
+def _build(target: Path) -> Path:
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     flags = ["-std=gnu11", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared"]
     sources = ["-x", "c", str(CSRC / "cuda_packing.cu"), str(CSRC / "cuda_memory.c"), str(HERE / "runtime.c")]
@@ -65,6 +85,7 @@ class Memory:
         return out.view(dtype)
 
 
+@functools.cache
 def _control() -> ctypes.CDLL:
     return ctypes.CDLL(str(host_library()))
 
@@ -87,3 +108,18 @@ def launches() -> int:
 def allocations() -> int:
     """Allocations of device and pinned memory so far."""
     return ctypes.c_int64.in_dll(_control(), "cuda_host_allocations").value
+
+
+def owns(address: int) -> bool:
+    """Whether an address lies in memory of the device."""
+    return bool(_control().cuda_host_owns(ctypes.c_void_p(address)))
+
+
+@contextmanager
+def unlocked() -> Iterator[None]:
+    """What a kernel of the device's own, torch's or cupy's, may touch."""
+    _control().cuda_host_open(1)
+    try:
+        yield
+    finally:
+        _control().cuda_host_open(0)
