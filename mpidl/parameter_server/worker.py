@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl import leaving, packing, state
+from mpidl import leaving, state
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError, RankFailedError
 from mpidl.layout import Tensor, lay_out
 from mpidl.optimizer import DistributedOptimizer
+from mpidl.parameter_server import flat
 from mpidl.parameter_server.server import Aim, Server
 
 
@@ -117,15 +118,15 @@ class Worker(DistributedOptimizer):
 
     def center(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Returns the clock and a copy of the center variable, by parameter name; one-sided, not a collective."""
-        flat = np.empty(self._layout.count, self._layout.dtype)
-        clock = self._server.pull(flat)
-        copies = {}
-        rows = zip(self._held, self._views(), self._orders, self._layout.slots, strict=True)
-        for (name, _), view, order, slot in rows:
-            dense = torch.empty(view.shape, dtype=view.dtype)
-            _unpack(flat[slot.offset : slot.offset + slot.count], dense)
-            copies[name] = dense.permute(tuple(np.argsort(order))).clone()
-        return clock, copies
+        views = self._views()
+        pulled = flat.new(self._layout, views[0])
+        clock = self._server.pull(pulled)
+        dense = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in views]
+        flat.unpack(self._layout, pulled, dense)
+        return clock, {
+            name: one.permute(tuple(np.argsort(order))).clone()
+            for (name, _), one, order in zip(self._held, dense, self._orders, strict=True)
+        }
 
     def request_stop(self) -> None:
         """Asks all workers to stop; each sees `stopping` become True at its next commit."""
@@ -176,38 +177,19 @@ class Worker(DistributedOptimizer):
             )
 
     def _pull(self) -> None:
-        flat = np.empty(self._layout.count, self._layout.dtype)
-        self._clock = self._server.pull(flat)
-        self.statistics.bytes += flat.nbytes
-        for view, slot in zip(self._views(), self._layout.slots, strict=True):
-            _unpack(flat[slot.offset : slot.offset + slot.count], view)
+        views = self._views()
+        pulled = flat.new(self._layout, views[0])
+        self._clock = self._server.pull(pulled)
+        self.statistics.bytes += pulled.nbytes
+        flat.unpack(self._layout, pulled, views)
         # Packed again: what local steps start from is the center rounded to the model's dtype, and only what they move
         # may be committed.
         self._start = self._flat()
         self._steps = 0
 
     def _flat(self) -> np.ndarray[Any, Any]:
-        flat = np.empty(self._layout.count, self._layout.dtype)
-        for view, slot in zip(self._views(), self._layout.slots, strict=True):
-            packing.pack([_packable(view, flat)], flat[slot.offset : slot.offset + slot.count])
-        return flat
+        return flat.pack(self._layout, self._views())
 
     def _views(self) -> list[torch.Tensor]:
         """Returns the parameters as they lie in memory now: `model.to()` and the like give them other memory."""
         return [p.detach().permute(order) for (_, p), order in zip(self._held, self._orders, strict=True)]
-
-
-def _packable(tensor: torch.Tensor, flat: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Returns `tensor`, or a copy where packing knows no way between its dtype and that of `flat`."""
-    names = {state.dtype_name(tensor), flat.dtype.name}
-    return tensor.to(getattr(torch, flat.dtype.name)) if "float64" in names and len(names) > 1 else tensor
-
-
-def _unpack(flat: np.ndarray[Any, Any], target: torch.Tensor) -> None:
-    packable = _packable(target, flat)
-    if packable is target and target.is_contiguous():
-        packing.unpack(flat, [target])
-    else:
-        dense = torch.empty(target.shape, dtype=packable.dtype)
-        packing.unpack(flat, [dense])
-        target.copy_(dense)

@@ -229,3 +229,65 @@ def test_state_and_buffers_travel(comm, posing):
         model[1].running_mean.fill_(float(comm.rank))
     optimizer._buffers = "local"  # torch's division would run before the copy that it must follow on a real stream
     optimizer.finish()
+
+
+@pytest.mark.parametrize("algorithm", [mpidl.Downpour, mpidl.AGN])
+def test_workers_train_on_a_device(comm, posing, algorithm):
+    model = mlp(seed=comm.rank)
+    inner = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = algorithm(inner, model, comm=comm, communication_window=2)
+    posing.synchronize()
+    for number in range(5):
+        step(posing, optimizer, model, batch(comm.rank, number))
+    clock, center = optimizer.center()
+    posing.synchronize()
+    assert clock >= 2
+    assert {name: one.shape for name, one in center.items()} == {n: p.shape for n, p in model.named_parameters()}
+    optimizer.finish()
+    posing.synchronize()
+    posing.everything = False
+    assert_alike(comm, model)
+    if comm.size == 1 and algorithm is mpidl.Downpour:
+        expected = mlp()
+        reference = torch.optim.SGD(expected.parameters(), lr=0.01)
+        for number in range(5):
+            reference.zero_grad()
+            loss_of(expected, batch(0, number)).backward()
+            reference.step()
+        assert_close(model, expected)
+
+
+on_hardware = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch finds no CUDA device: this has never run on hardware"
+)
+
+
+def place(comm):
+    return torch.device("cuda", comm.rank % torch.cuda.device_count())
+
+
+@on_hardware
+def test_reductions_on_hardware(comm):
+    values = torch.arange(1000).fmod(7).bfloat16()
+    x = values.to(place(comm)) * (comm.rank + 1)
+    total = comm.allreduce(x)
+    assert total.device == x.device
+    assert torch.equal(total.cpu(), values * sum(range(1, comm.size + 1)))
+    assert comm.allgather(x)[comm.rank].equal(x)
+
+
+@on_hardware
+def test_synchronous_trains_on_hardware(comm):
+    expected = mlp()
+    reference = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    model = mlp(seed=comm.rank).to(place(comm))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with mpidl.Synchronous(inner, model, comm=comm, bucket_cap_mb=5e-4) as optimizer:
+        for number in range(8):
+            optimizer.zero_grad()
+            loss_of(model, [x.to(place(comm)) for x in batch(comm.rank, number)]).backward()
+            optimizer.step()
+            reference.zero_grad()
+            loss_of(expected, union(batch(rank, number) for rank in range(comm.size))).backward()
+            reference.step()
+    assert_close(model.cpu(), expected, bound=1e-9)
