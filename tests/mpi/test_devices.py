@@ -15,7 +15,7 @@ import mpidl
 from mpidl.errors import DtypeError, MismatchError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
-from build import launches
+from build import finish, host_cuda, launches
 from fake import Fake, fake_device
 
 SIZES = (1, 2, 4)
@@ -205,6 +205,25 @@ def test_gradients_that_change_after_they_were_packed(comm, posing):
         loss_of(expected, union(batch(rank, number) for rank in range(comm.size))).backward()
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+    optimizer.finish()
+
+
+def test_a_backward_on_another_stream_does_not_overtake(comm, posing):
+    """The flat memory is read by the last scatter, on one stream, before the next gather, on another, overwrites it."""
+    model = mlp()
+    optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+    posing.synchronize()
+    loss_of(model, batch(comm.rank, 0)).backward()
+    gradients = [p.grad for p in model.parameters()]
+    optimizer.zero_grad()
+    posing.stream = host_cuda().make("stream_make", 0)
+    loss_of(model, batch(comm.rank, 1)).backward()
+    posing.synchronize()
+    finish(0)
+    expected = mlp()
+    loss_of(expected, union(batch(rank, 0) for rank in range(comm.size))).backward()
+    for gradient, p in zip(gradients, expected.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-12, atol=1e-14)
     optimizer.finish()
 
 
