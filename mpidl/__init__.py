@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
         RankFailedError,
         StalledError,
     )
-    from mpidl.packing import Packed, pack, unpack
+    from mpidl.packing import DevicePacked, Packed, pack, unpack
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.synchronous import Synchronous
@@ -39,6 +39,7 @@ _HOME = {
     "pack": "packing",
     "unpack": "packing",
     "Packed": "packing",
+    "DevicePacked": "packing",
     "Synchronous": "synchronous",
     "Downpour": "parameter_server.downpour",
     "AGN": "parameter_server.agn",
@@ -62,6 +63,7 @@ __all__ = [
     "ClosedError",
     "Communicator",
     "DeviceError",
+    "DevicePacked",
     "Downpour",
     "DtypeError",
     "ExtensionError",

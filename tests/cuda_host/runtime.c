@@ -38,6 +38,7 @@ struct host_stream {
 struct host_event {
     cudaStream_t stream;
     uint64_t recorded, reached;
+    struct host_event *older; /* all that were ever made */
 };
 
 int64_t mpidl_host_block, mpidl_host_blocks;
@@ -45,6 +46,7 @@ int64_t cuda_host_launches; /* for the tests */
 int64_t cuda_host_allocations;
 
 static struct host_stream default_stream;
+static cudaEvent_t events;
 static int current_device;
 static char *arena;
 static size_t arena_used, last_start;
@@ -166,7 +168,8 @@ const char *cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "an error";
 }
 
-/* What was freed is used again only if it was the last, so that use after that mostly shows. New memory is not clean. */
+/* What was freed is used again only if it was the last, so that use after that mostly shows. New memory is not clean.
+ */
 cudaError_t cudaMalloc(void **memory, size_t nbytes) {
     if (!arena) {
         arena = mmap(NULL, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -258,7 +261,12 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     (void)flags;
     *event = calloc(1, sizeof **event);
-    return *event ? cudaSuccess : cudaErrorMemoryAllocation;
+    if (!*event) {
+        return cudaErrorMemoryAllocation;
+    }
+    (*event)->older = events;
+    events = *event;
+    return cudaSuccess;
 }
 
 /* CUDA keeps what streams still wait for; here all of it is kept. */
