@@ -18,7 +18,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-# One set for all sources; instruction sets are chosen per function, in csrc/kernels.c.
+SOURCES = ["kernels", "kernels_avx2", "kernels_avx512", "kernels_portable", "packing"]
+# One set for all sources; those of an instruction set name it themselves.
 FLAGS = [
     *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-ffp-contract=off",  # every processor gives the same bits
@@ -113,8 +114,8 @@ setup(
     ext_modules=[
         Extension(
             "mpidl._mpidl",
-            sources=["csrc/kernels.c", "csrc/packing.c"],
-            depends=["csrc/casts.h", "csrc/checks.h", "csrc/kernels.h", "csrc/mpidl.h"],
+            sources=[f"csrc/{name}.c" for name in SOURCES],
+            depends=sorted(map(str, Path("csrc").glob("*.h"))),
         ),
         *([Extension(CUDA, sources=CUDA_SOURCES, depends=CUDA_HEADERS)] if NVCC else []),
     ],

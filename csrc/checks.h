@@ -19,7 +19,8 @@ static inline bool mpidl_scale_fits(int dtype, double scale) {
     return fabs(scale) <= FLT_MAX && ((float)scale != 0 || scale == 0);
 }
 
-static inline int mpidl_check_table(int64_t segments, const int64_t *counts, const int64_t *offsets) {
+/* Adds up the counts too. */
+static inline int mpidl_check_table(int64_t segments, const int64_t *counts, const int64_t *offsets, int64_t *total) {
     if (segments < 0) {
         return MPIDL_BAD_COUNT;
     }
@@ -28,10 +29,12 @@ static inline int mpidl_check_table(int64_t segments, const int64_t *counts, con
     }
     /* Below this limit no sum or product with an itemsize overflows. */
     const int64_t limit = INT64_MAX / 32;
+    *total = 0;
     for (int64_t s = 0; s < segments; s++) {
-        if (counts[s] < 0 || counts[s] > limit || offsets[s] < 0 || offsets[s] > limit) {
+        if (counts[s] < 0 || counts[s] > limit - *total || offsets[s] < 0 || offsets[s] > limit) {
             return MPIDL_BAD_COUNT;
         }
+        *total += counts[s];
     }
     return MPIDL_OK;
 }

@@ -104,7 +104,8 @@ static cudaError_t fill(mpidl_cuda_table *table, const int64_t *prefix, const in
 
 int mpidl_cuda_table_make(int device, int64_t segments, const int64_t *counts, const int64_t *offsets,
                           mpidl_cuda_table **made) {
-    int status = mpidl_check_table(segments, counts, offsets);
+    int64_t total;
+    int status = mpidl_check_table(segments, counts, offsets, &total);
     if (status != MPIDL_OK) {
         return status;
     }
@@ -120,19 +121,15 @@ int mpidl_cuda_table_make(int device, int64_t segments, const int64_t *counts, c
     }
     for (int64_t s = 0; s < segments; s++) {
         table->counts[s] = counts[s];
-        if (__builtin_add_overflow(prefix[s], counts[s], &prefix[s + 1]) || prefix[s + 1] > INT64_MAX / 32) {
-            status = MPIDL_BAD_COUNT;
-        }
+        prefix[s + 1] = prefix[s] + counts[s];
     }
     table->device = device;
     table->segments = segments;
-    table->total = prefix[segments];
-    if (status == MPIDL_OK) {
-        int before;
-        cudaError_t error = mpidl_cuda_enter(device, &before);
-        error = error == cudaSuccess ? fill(table, prefix, offsets) : error;
-        status = mpidl_cuda_leave(device, before, error);
-    }
+    table->total = total;
+    int before;
+    cudaError_t error = mpidl_cuda_enter(device, &before);
+    error = error == cudaSuccess ? fill(table, prefix, offsets) : error;
+    status = mpidl_cuda_leave(device, before, error);
     free(prefix);
     if (status != MPIDL_OK) {
         mpidl_cuda_table_free(table);

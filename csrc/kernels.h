@@ -1,6 +1,6 @@
-/* The dispatch table: which kernel converts a run of elements of one dtype into another.
+/* Which kernel converts a run of elements of one dtype into another, and how a kernel is called.
  *
- * Instruction sets and devices go behind mpidl_find_kernel(); nobody else knows which kernel it hands out.
+ * Instruction sets stand behind mpidl_find_kernel(); nobody else knows which kernel it hands out.
  */
 #ifndef MPIDL_KERNELS_H
 #define MPIDL_KERNELS_H
@@ -9,11 +9,30 @@
 
 #include "mpidl.h"
 
-/* Writes cast(element * scale) for `count` elements and adds to *packed what was written. No alignment is assumed. */
-typedef void mpidl_kernel(const char *restrict source, char *restrict out, int64_t count, double scale,
-                          mpidl_packed *packed);
+/* The sum of squares is kept as this many partial sums: element i of a run goes to number i mod MPIDL_LANES. Additions
+ * need not wait for each other, and since the number is fixed all instruction sets give the same bits.
+ */
+enum { MPIDL_LANES = 16 };
 
-/* Null where no kernel converts the pair, or a code is not a dtype. */
+/* Writes cast(element * scale) for `count` elements and adds the squares of what was written to lanes[MPIDL_LANES].
+ * No alignment is assumed. `streamed`: past the caches, if the kernel can; it changes no bit.
+ */
+typedef void mpidl_kernel(const char *restrict source, char *restrict out, int64_t count, double scale, bool streamed,
+                          double *restrict lanes);
+
+/* Row: dtype of the source. Column: of what is written. */
+typedef mpidl_kernel *const mpidl_kernels[MPIDL_DTYPES][MPIDL_DTYPES];
+
+/* One per instruction set; gcc and clang compile those of x86-64 whatever processor they run on. */
+extern mpidl_kernels mpidl_kernels_portable;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MPIDL_X86 1
+extern mpidl_kernels mpidl_kernels_avx2, mpidl_kernels_avx512;
+#else
+#define MPIDL_X86 0
+#endif
+
+/* Of the set in use; null where no kernel converts the pair, or a code is not a dtype. */
 mpidl_kernel *mpidl_find_kernel(int source_dtype, int out_dtype);
 
 int64_t mpidl_itemsize(int dtype);

@@ -12,7 +12,7 @@
 #define MPIDL_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes; _native.py refuses a library that answers another number. */
-#define MPIDL_INTERFACE 1
+#define MPIDL_INTERFACE 2
 
 enum mpidl_dtype {
     MPIDL_FLOAT32,
@@ -32,10 +32,19 @@ enum mpidl_dtype {
 
 enum mpidl_status {
     MPIDL_OK,
-    MPIDL_BAD_DTYPE,  /* no kernel converts the one dtype into the other */
-    MPIDL_BAD_SCALE,  /* integers take exactly 1, others what their arithmetic can hold */
-    MPIDL_BAD_COUNT,  /* a count or offset is negative or its bytes do not fit in 64 bits */
-    MPIDL_BAD_ADDRESS /* null, where there are elements to read or write */
+    MPIDL_BAD_DTYPE,       /* no kernel converts the one dtype into the other */
+    MPIDL_BAD_SCALE,       /* integers take exactly 1, others what their arithmetic can hold */
+    MPIDL_BAD_COUNT,       /* a count or offset is negative or its bytes do not fit in 64 bits */
+    MPIDL_BAD_ADDRESS,     /* null, where there are elements to read or write */
+    MPIDL_BAD_INSTRUCTIONS /* this build does not have them, or this processor does not run them */
+};
+
+/* What the kernels are compiled for. All give the same bits. */
+enum mpidl_instructions {
+    MPIDL_PORTABLE,
+    MPIDL_AVX2,   /* with FMA and F16C */
+    MPIDL_AVX512, /* F, BW, DQ and VL */
+    MPIDL_INSTRUCTION_SETS
 };
 
 /* What one call has written, in elements of the destination's dtype. */
@@ -56,6 +65,13 @@ MPIDL_API int mpidl_gather(int64_t segments, const uintptr_t *addresses, const i
                            int source_dtype, uintptr_t flat, int flat_dtype, double scale, mpidl_packed *packed);
 MPIDL_API int mpidl_scatter(int64_t segments, const uintptr_t *addresses, const int64_t *counts, const int64_t *offsets,
                             int target_dtype, uintptr_t flat, int flat_dtype, double scale, mpidl_packed *packed);
+
+/* Whether an instruction set can be used; takes it for all calls from now on, by whatever thread; which one that is:
+ * the best that can be used, unless mpidl_use() took another.
+ */
+MPIDL_API int mpidl_supports(int instructions);
+MPIDL_API int mpidl_use(int instructions);
+MPIDL_API int mpidl_instructions(void);
 
 MPIDL_API int mpidl_interface(void);
 

@@ -1,37 +1,82 @@
 /* The public calls: checks first, so that nothing is written on an error, then one kernel over the segments. */
+#include <math.h>
+#include <stdbool.h>
+
+#include "casts.h"
 #include "checks.h"
 #include "kernels.h"
 
+/* From this size on a call's float32 and float64 are streamed past the caches, which would have lost them by the time
+ * they are read. Measured with a source out of cache: packing alone is 1.2 times as fast, packing and then reading what
+ * was packed 1.1 times at 100 MB and as fast from 16 to 32 MB; up to 8 MB both are slower by a third. A bucket of the
+ * usual 25 MiB is read at once, so it is not streamed.
+ */
+static const int64_t STREAMED_BYTES = 1 << 25;
+
 /* The direction that data takes between the addressed segments and the flat buffer. */
 typedef enum { TO_FLAT, FROM_FLAT } direction;
+
+/* Squares of float64 can overflow where no value is infinite; those of anything narrower are finite in a double, and so
+ * is the sum of 2^63 of them.
+ */
+static bool all_finite_float64(const char *memory, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t bits;
+        memcpy(&bits, memory + i * (int64_t)sizeof bits, sizeof bits);
+        if (!isfinite(decode_float64(bits))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static double sum_of(const double *lanes) {
+    double sum = 0;
+    for (int lane = 0; lane < MPIDL_LANES; lane++) {
+        sum += lanes[lane];
+    }
+    return sum;
+}
 
 static int move(direction way, int64_t segments, const uintptr_t *addresses, const int64_t *counts,
                 const int64_t *offsets, int segment_dtype, uintptr_t flat, int flat_dtype, double scale,
                 mpidl_packed *packed) {
     int source_dtype = way == TO_FLAT ? segment_dtype : flat_dtype;
-    mpidl_kernel *kernel = mpidl_find_kernel(source_dtype, way == TO_FLAT ? flat_dtype : segment_dtype);
+    int out_dtype = way == TO_FLAT ? flat_dtype : segment_dtype;
+    mpidl_kernel *kernel = mpidl_find_kernel(source_dtype, out_dtype);
     if (!kernel) {
         return MPIDL_BAD_DTYPE;
     }
     if (!mpidl_scale_fits(source_dtype, scale)) {
         return MPIDL_BAD_SCALE;
     }
-    int status = packed ? mpidl_check_table(segments, counts, offsets) : MPIDL_BAD_ADDRESS;
+    int64_t total = 0;
+    int status = packed ? mpidl_check_table(segments, counts, offsets, &total) : MPIDL_BAD_ADDRESS;
     if (status == MPIDL_OK) {
         status = mpidl_check_addresses(segments, addresses, counts, flat);
     }
     if (status != MPIDL_OK) {
         return status;
     }
-    *packed = (mpidl_packed){.finite = 1};
+    const bool streamed = total * mpidl_itemsize(out_dtype) >= STREAMED_BYTES;
+    double lanes[MPIDL_LANES] = {0};
+    bool finite = true;
     for (int64_t s = 0; s < segments; s++) {
         if (counts[s] == 0) {
             continue;
         }
         char *segment = (char *)addresses[s];
         char *run = (char *)flat + offsets[s] * mpidl_itemsize(flat_dtype);
-        kernel(way == TO_FLAT ? segment : run, way == TO_FLAT ? run : segment, counts[s], scale, packed);
+        const char *source = way == TO_FLAT ? segment : run;
+        char *out = way == TO_FLAT ? run : segment;
+        kernel(source, out, counts[s], scale, streamed, lanes);
+        if (out_dtype == MPIDL_FLOAT64 && finite && !isfinite(sum_of(lanes))) {
+            finite = all_finite_float64(out, counts[s]);
+        }
     }
+    double sum = sum_of(lanes);
+    finite = out_dtype == MPIDL_FLOAT64 ? finite : isfinite(sum);
+    *packed = (mpidl_packed){.count = total, .sum_of_squares = sum, .finite = finite};
     return MPIDL_OK;
 }
 

@@ -6,6 +6,8 @@ What the calls do stands in csrc/mpidl.h. Nothing here knows an array: addresses
 from __future__ import annotations
 
 import functools
+import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import cffi
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 
 _LIBRARY = Path(__file__).with_name("_mpidl.so")
-_INTERFACE = 1
+_INTERFACE = 2
 
 # As in csrc/mpidl.h.
 _ffi = cffi.FFI()
@@ -28,6 +30,9 @@ _ffi.cdef(
     int mpidl_scatter(int64_t segments, const uintptr_t *addresses, const int64_t *counts,
                       const int64_t *offsets, int target_dtype, uintptr_t flat, int flat_dtype, double scale,
                       mpidl_packed *packed);
+    int mpidl_supports(int instructions);
+    int mpidl_use(int instructions);
+    int mpidl_instructions(void);
     int mpidl_interface(void);
     """
 )
@@ -49,15 +54,19 @@ DTYPES = {
     "bool": 8,
 }
 
+#: The instruction sets that the kernels are compiled for, by their codes in C.
+INSTRUCTIONS = ("portable", "avx2", "avx512")
+
 _BAD_DTYPE, _BAD_SCALE, _BAD_COUNT, _BAD_ADDRESS = 1, 2, 3, 4
 
 
 @functools.cache
 def library() -> Any:
-    """The loaded extension.
+    """The loaded extension, with the instructions that MPIDL_INSTRUCTIONS names, or else the processor's best.
 
     Raises:
         ExtensionError: it was never built, cannot be loaded, or belongs to another version of the package.
+        ArgumentError: MPIDL_INSTRUCTIONS is not one of `INSTRUCTIONS`, or one that this processor does not run.
     """
     advice = "run `pip install .` (or `pip install -e .`) in mpidl's source tree, with a C compiler"
     if not _LIBRARY.exists():
@@ -71,7 +80,23 @@ def library() -> Any:
         raise ExtensionError(f"mpidl's extension cannot be loaded ({error}): {advice}") from error
     if found != _INTERFACE:
         raise ExtensionError(f"mpidl's extension has interface {found}, not {_INTERFACE}: {advice}")
+    wanted = os.environ.get("MPIDL_INSTRUCTIONS")
+    if wanted:
+        _use(loaded, wanted)
     return loaded
+
+
+def _use(loaded: Any, wanted: str) -> None:
+    choices = [name for code, name in enumerate(INSTRUCTIONS) if loaded.mpidl_supports(code)]
+    if wanted not in choices:
+        why = "which this processor or this build does not run" if wanted in INSTRUCTIONS else "which is not known"
+        raise ArgumentError(f"MPIDL_INSTRUCTIONS is {wanted!r}, {why}: unset it, or set one of {', '.join(choices)}")
+    loaded.mpidl_use(INSTRUCTIONS.index(wanted))
+
+
+def instructions() -> str:
+    """Which of `INSTRUCTIONS` the extension uses in this process; all give the same bits."""
+    return INSTRUCTIONS[library().mpidl_instructions()]
 
 
 class Segments(NamedTuple):
@@ -118,7 +143,7 @@ def _common(
     table: Segments, addresses: Sequence[int], dtype: str, flat: int, flat_dtype: str
 ) -> tuple[int, Any, Any, Any, int, int, int]:
     check_call(len(table.counts), addresses, dtype, flat_dtype)
-    pointers = _ffi.new("uintptr_t[]", addresses)
+    pointers = _ffi.from_buffer("uintptr_t[]", array("Q", addresses))  # in half the time of _ffi.new
     return len(addresses), pointers, table.counts, table.offsets, _code(dtype), flat, _code(flat_dtype)
 
 

@@ -9,37 +9,85 @@ from collections import deque
 from typing import Any
 
 from mpidl import leaving, operations, runtime, topology
-from mpidl.errors import ArgumentError
+from mpidl.errors import ArgumentError, ClosedError, MismatchError
 from mpidl.operations import Steps
+from mpidl.service import Service, serve
 from mpidl.topology import Topology
 from mpidl.waiting import Watch
 
 _world: Communicator | None = None
+_served = False  # this rank was a server, and its workers have ended
 
 
-def world(servers: int = 0) -> Communicator:
+def world(servers: int | None = None) -> Communicator:
     """Returns the communicator of all ranks that the launcher started; the first call starts MPI.
+
+    With `servers=k` the last k ranks serve the others inside this call, and their programs end in it, with status 0,
+    when all others have ended; what stands after it is never run there. On the others the communicator holds the
+    workers only. Servers hold the shards of the asynchronous optimisers; `Synchronous` does not use them.
 
     The first call is a collective over all ranks: it duplicates MPI.COMM_WORLD, finds out which ranks share a node, and
     gives torch this rank's fair part of the cores. Later calls return the same object.
 
     Args:
-        servers: how many of the last ranks only serve; must be 0 in this version: every rank works and holds a shard.
+        servers: how many of the last ranks only serve, from 0 to the number of ranks less one. 0: every rank works
+            and holds shards. None: as the first call said; 0 if this is the first.
 
     Raises:
-        ArgumentError: `servers` is not 0.
+        ArgumentError: `servers` is no such number, or an earlier call said another.
+        MismatchError: the ranks asked for different numbers of servers.
+        ClosedError: this rank was a server, and goes on although its work is done.
         ForkedError: called in a child process.
         NoMPIError: no MPI library was found.
+        SystemExit: on a server, when its work is done.
     """
-    global _world
-    if servers != 0:
-        raise ArgumentError(f"servers={servers!r}: this version has no dedicated servers; expected 0")
+    global _world, _served
     runtime.mpi()  # refuses forked children even when the world is cached
+    if _served:
+        raise ClosedError("world: this rank served, and its workers have ended")
     if _world is None:
-        ranks = topology.start_world()
-        runtime.set_torch_threads(ranks.ranks_on_my_cores())
-        _world = Communicator._over(ranks)
+        whole = topology.start_world()
+        _agree_on_servers(whole, 0 if servers is None else servers)
+        made = split_servers(whole, servers or 0)
+        if made is None:
+            _served = True
+            raise SystemExit(0)
+        runtime.set_torch_threads(made.topology.ranks_on_my_cores())
+        _world = made
+    elif servers not in (None, _world.servers):
+        raise ArgumentError(f"servers={servers!r}: mpidl.world() was called before, with servers={_world.servers}")
     return _world
+
+
+def _agree_on_servers(whole: Topology, servers: int) -> None:
+    """Refuses alike on every rank what cannot be, or is not the same everywhere; a collective."""
+    found = [text.decode() for text in whole.gather_bytes(repr(servers).encode(), "agreeing on servers")]
+    error: ArgumentError | MismatchError | None = None
+    if len(set(found)) > 1:
+        error = MismatchError(f"world: servers differs between ranks: {operations.disagreement(found)}")
+    elif type(servers) is not int or not 0 <= servers < whole.size:
+        error = ArgumentError(
+            f"servers={servers!r}: expected a whole number from 0 to {whole.size - 1}, so that of {whole.size} rank(s) "
+            "one at least works"
+        )
+    if error is not None:
+        whole.free()
+        raise error
+
+
+def split_servers(whole: Topology, servers: int) -> Communicator | None:
+    """Makes the last ranks of `whole` servers of the others; a collective.
+
+    Returns:
+        The workers' communicator; on a server None, when the workers have ended.
+    """
+    workers = whole.size - servers
+    if whole.rank >= workers:
+        serve(whole, workers)
+        return None
+    if servers == 0:
+        return Communicator._over(whole)
+    return Communicator._over(whole.subset(tuple(range(workers)), whole.name, 0), Service(whole, servers))
 
 
 class Communicator:
@@ -63,6 +111,7 @@ class Communicator:
         rank: this rank, from 0 to size - 1.
         size: number of ranks.
         nodes: number of nodes over which the ranks are spread.
+        servers: number of further ranks that only serve these; see `world`.
         node: communicator of the ranks that share this rank's node and memory.
         lane: communicator of the ranks that stand at this rank's place within their own nodes.
     """
@@ -71,13 +120,15 @@ class Communicator:
         self._set_up(topology.start(mpi_comm, getattr(mpi_comm, "name", "") or "a communicator"))
 
     @classmethod
-    def _over(cls, ranks: Topology) -> Communicator:
+    def _over(cls, ranks: Topology, service: Service | None = None) -> Communicator:
         made = cls.__new__(cls)
-        made._set_up(ranks)
+        made._set_up(ranks, service)
         return made
 
-    def _set_up(self, ranks: Topology) -> None:
+    def _set_up(self, ranks: Topology, service: Service | None = None) -> None:
         self._topology = ranks
+        self._service = service
+        self.servers = len(service.servers) if service is not None else 0
         self._queue: deque[Request] = deque()
         self.rank, self.size = ranks.rank, ranks.size
         self.nodes = len(set(ranks.placement.nodes))
@@ -97,6 +148,11 @@ class Communicator:
     def topology(self) -> Topology:
         """The ranks as the floors above this one use them."""
         return self._topology
+
+    @property
+    def service(self) -> Service | None:
+        """The servers of these ranks, if there are any."""
+        return self._service
 
     def allreduce(self, x: Any, op: str = "sum", out: Any = None) -> Any:
         """Reduces the arrays of all ranks element by element and returns the result on every rank.
@@ -170,6 +226,8 @@ class Communicator:
         for part in self._parts:
             part.free()
         self._topology.free()
+        if self._service is not None:
+            self._service.end()
 
     def __repr__(self) -> str:
         return f"<mpidl.Communicator {self._topology.name}: rank {self.rank} of {self.size}, nodes {self.nodes}>"

@@ -21,7 +21,7 @@ from types import BuiltinFunctionType, FrameType, TracebackType
 from typing import Any, NoReturn
 
 _GRACE = 3.0  # seconds that other threads get to end, a writer of checkpoints say, after an uncaught exception
-SIGTERM_STATUS = 128 + signal.SIGTERM
+_SAME_REQUEST = 1.0  # seconds within which a second signal to stop is taken for an echo of the first
 
 _open: dict[int, str] = {}
 _tokens = itertools.count(1)
@@ -80,15 +80,24 @@ def mark_failed(reason: str) -> None:
 
 
 def on_stop_signal(callback: Callable[[], None]) -> None:
-    """Calls `callback` on SIGUSR1, and on the first SIGINT; the second SIGINT is a KeyboardInterrupt again."""
+    """Calls `callback` on the first SIGTERM, SIGUSR1 or SIGINT; one that comes a second later ends the job at once.
+
+    One request may arrive twice within moments: the batch system signals both the launcher, which passes it on, and
+    the ranks. Children made by fork behave as if there were no handler.
+    """
+    pid, first = os.getpid(), list[float]()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        callback()
+        if os.getpid() != pid:
+            _default(number)
+        elif not first:
+            first.append(time.monotonic())
+            callback()
+        elif time.monotonic() - first[0] > _SAME_REQUEST:
+            _end_at_once(number)
 
-    signal.signal(signal.SIGUSR1, handler)
-    signal.signal(signal.SIGINT, handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def say(text: str) -> None:
@@ -182,8 +191,18 @@ def _named(kind: type[BaseException], value: BaseException | None) -> str:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _pid:  # a forked child inherited this handler: behave as if there were none
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-    mark_failed("SIGTERM")
-    raise SystemExit(SIGTERM_STATUS)
+        _default(number)
+    else:
+        _end_at_once(number)
+
+
+def _default(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _end_at_once(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    mark_failed(signal.Signals(number).name)
+    raise SystemExit(128 + number)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import struct
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,28 @@ def seconds_from_environment(name: str, default: float) -> float:
     return value
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that a rank waits for others before it says so, and before it gives up."""
+
+    report: float
+    give_up: float
+
+
+def limits() -> Limits:
+    """Returns what the environment asks for; read before MPI does anything, so that a refusal leaves nothing behind.
+
+    Raises:
+        ArgumentError: MPIDL_TIMEOUT or MPIDL_STALL_REPORT is not a positive number.
+    """
+    give_up = seconds_from_environment("MPIDL_TIMEOUT", 1800.0)
+    return Limits(min(seconds_from_environment("MPIDL_STALL_REPORT", 60.0), give_up), give_up)
+
+
 class Channel:
     """The notices between the ranks of one communicator, and the number of the call in which this rank is."""
 
-    def __init__(self, mpi: Any, comm: Any, name: str) -> None:
+    def __init__(self, mpi: Any, comm: Any, name: str, limits: Limits) -> None:
         self._mpi = mpi
         self._comm = comm
         self.name = name
@@ -57,8 +76,7 @@ class Channel:
         self._lost: tuple[int, str] | None = None  # number of the call that can never complete, and why
         self._kept: list[Any] = []  # requests that MPI still works on and nobody waits for
         self.given_up: str | None = None  # the call of this rank that ended half-way
-        self.limit = seconds_from_environment("MPIDL_TIMEOUT", 1800.0)
-        self.first_report = min(seconds_from_environment("MPIDL_STALL_REPORT", 60.0), self.limit)
+        self.limits = limits
         self.sequence = 0  # calls begun on this communicator by this rank
         _channels.add(self)
 
@@ -155,9 +173,13 @@ class Channel:
         for rank, process in enumerate(self._processes):
             if self._left.get(rank, sequence) < sequence:
                 phrases.append(f"rank {rank} has left: its program ended before this call")
-            elif rank not in self._left and not process.alive():
+            elif not self.has_left(rank) and not process.alive():
                 phrases.append(f"rank {rank} has died: process {process.pid} is gone")
         return phrases
+
+    def has_left(self, rank: int) -> bool:
+        """Returns whether a peer ended well: it makes no further call, and nobody had to wait for it."""
+        return rank in self._left
 
     def call_roll(self) -> None:
         self._here.clear()

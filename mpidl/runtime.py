@@ -15,7 +15,16 @@ from mpidl import leaving
 from mpidl.errors import ForkedError, NoMPIError
 from mpidl.leaving import on_stop_signal
 
-__all__ = ["cores", "mpi", "mpi_description", "on_stop_signal", "set_torch_threads", "started", "torch_threads"]
+__all__ = [
+    "cores",
+    "mpi",
+    "mpi_description",
+    "mpi_library",
+    "on_stop_signal",
+    "set_torch_threads",
+    "started",
+    "torch_threads",
+]
 
 _mpi: Any = None
 _pid = 0
@@ -70,11 +79,24 @@ def _load() -> Any:
     return MPI
 
 
+def mpi_library() -> str:
+    """Returns the name of the MPI library that this process would run on, without starting it.
+
+    Raises:
+        NoMPIError: no MPI library can be loaded.
+    """
+    return _library(_load().Get_library_version())
+
+
+def _library(text: str) -> str:
+    first = text.strip("\0 \n").splitlines()[0]
+    return next((name for name in ("Open MPI", "MPICH", "Intel(R) MPI", "MVAPICH") if name in text), first)
+
+
 def mpi_description() -> dict[str, str]:
     """Returns what MPI this process runs on: keys library, version, standard, thread_level."""
     module = mpi()
     text = module.Get_library_version().strip("\0 \n")
-    first = text.splitlines()[0]
     number = re.search(r"\d+\.\d+[\w.]*", text)
     levels = {
         module.THREAD_SINGLE: "single",
@@ -82,9 +104,8 @@ def mpi_description() -> dict[str, str]:
         module.THREAD_SERIALIZED: "serialized",
         module.THREAD_MULTIPLE: "multiple",
     }
-    library = next((name for name in ("Open MPI", "MPICH", "Intel(R) MPI", "MVAPICH") if name in text), first)
     return {
-        "library": library,
+        "library": _library(text),
         "version": number.group(0) if number else "unknown",
         "standard": ".".join(str(part) for part in module.Get_version()),
         "thread_level": levels[module.Query_thread()],

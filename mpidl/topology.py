@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import datatypes, runtime
+from mpidl import datatypes, notices, runtime
 from mpidl.arrays import ArrayView
 from mpidl.errors import ArgumentError, DtypeError
-from mpidl.notices import Channel
+from mpidl.notices import Channel, Limits
 from mpidl.processes import Process, start_time
 from mpidl.waiting import Watch, poll
 
@@ -41,11 +41,12 @@ class Topology:
     ) -> None:
         self._mpi = mpi
         self.name = name
-        self.data = _duplicate(parent, name, channel)
-        self.control = _duplicate(parent, name, channel)
+        limits = notices.limits()
+        self.data = _duplicate(parent, name, channel, limits)
+        self.control = _duplicate(parent, name, channel, limits)
         self.rank: int = self.data.rank
         self.size: int = self.data.size
-        self.channel = Channel(mpi, self.control, name)
+        self.channel = Channel(mpi, self.control, name, limits)
         self.placement = placement or self._place()
         self.channel.know(self.placement.processes)
 
@@ -272,13 +273,16 @@ def wait_all(topology: Topology, requests: list[Any], what: str, sequence: int, 
             topology.watch(what, sequence).until(request.Test, (requests, memory))
 
 
-def _duplicate(parent: Any, name: str, channel: Channel | None) -> Any:
-    made, request = parent.Idup()
+def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) -> Any:
+    """MPI writes the new handle into `made` when the request completes: whoever gives up must keep both."""
     what = f"making the communicator {name}"
     if channel is None:
-        poll(request, what)
+        made, request = parent.Idup()
+        poll(request, what, limits.give_up, (made, request))
     else:
-        Watch(channel, what, channel.begin()).wait(request)
+        watch = Watch(channel, what, channel.begin())
+        made, request = parent.Idup()
+        watch.until(request.Test, (made, request))
     return made
 
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 from mpidl import leaving
-from mpidl.errors import StalledError
-from mpidl.notices import Channel, receive_all, seconds_from_environment
+from mpidl.errors import RankFailedError, StalledError
+from mpidl.notices import Channel, receive_all
 
 _LOOK_EVERY = 0.1  # seconds between two looks around
 _ROLL_CALL = 1.0  # seconds that a peer has to answer: a waiting rank does within one look
 _PHRASES = 8  # missing ranks that a message names
 _last_look = 0.0
+_given_up: list[Any] = []  # MPI may still write there
 
 
 class Backoff:
@@ -42,18 +43,27 @@ class Backoff:
             time.sleep(min(1e-3, (now - self._since) * 2e-3))
 
 
-def poll(request: Any, what: str) -> None:
+def poll(request: Any, what: str, limit: float, owner: Any) -> None:
     """Waits for a request that has no channel to ask on, such as the making of a communicator.
 
+    Args:
+        request: an `mpi4py.MPI.Request`.
+        what: the call that waits, for messages.
+        limit: seconds.
+        owner: holds what MPI works on; kept, should the wait be given up.
+
     Raises:
-        StalledError: it did not complete within MPIDL_TIMEOUT seconds (1800 unless set).
+        StalledError: it did not complete within `limit` seconds.
     """
-    limit = seconds_from_environment("MPIDL_TIMEOUT", 1800.0)
     backoff, started = Backoff(), time.monotonic()
-    while not request.Test():
-        backoff.pause()
-        if time.monotonic() - started > limit:
-            raise StalledError(f"{what} has waited {limit:g} s for ranks that never made the same call")
+    try:
+        while not request.Test():
+            backoff.pause()
+            if time.monotonic() - started > limit:
+                raise StalledError(f"{what} has waited {limit:g} s for ranks that never made the same call")
+    except BaseException:
+        _given_up.append(owner)
+        raise
 
 
 class Watch:
@@ -72,7 +82,7 @@ class Watch:
         self._channel = channel
         self._sequence = sequence
         self._started = time.monotonic()
-        self._next_report = channel.first_report
+        self._next_report = channel.limits.report
         self._roll_called = 0.0
         self._suspects: list[str] = []
 
@@ -127,13 +137,43 @@ class Watch:
         self._suspects = suspects
 
     def _report(self, waited: float) -> None:
-        limit = self._channel.limit
+        limit = self._channel.limits.give_up
         missing = _listed(self._channel.missing(self._sequence)) or "all ranks are in it; the network is slow"
         if waited >= limit:
             self._channel.propose(self._sequence, f"{self.call} cannot complete, after {limit:g} s: {missing}")
         elif self._channel.speaks(self._sequence):
             leaving.say(f"{self.call} has waited {waited:.0f} s: {missing}")
         self._next_report = min(2 * self._next_report, limit)
+
+
+class Lookout:
+    """Looks for the dead on behalf of a rank that waits in no call, but depends on all ranks of a communicator.
+
+    Args:
+        channel: of that communicator.
+        doing: what this rank does meanwhile, for its own answers to roll calls; "" if it is outside mpidl.
+    """
+
+    def __init__(self, channel: Channel, doing: str) -> None:
+        self._channel, self._doing = channel, doing
+        self._last = 0.0
+        self._suspects: list[str] = []
+
+    def look(self, what: str) -> None:
+        """Looks around if it is time to; ranks that ended well are not missed.
+
+        Raises:
+            RankFailedError: a rank has died; `what` says whom that concerns.
+        """
+        now = time.monotonic()
+        if now - self._last < _LOOK_EVERY:
+            return
+        self._last = now
+        receive_all(self._doing)
+        suspects = self._channel.gone(0)  # not those who have left: call number 0 waits for nobody
+        if suspects and suspects == self._suspects:  # two looks agree, as in a wait
+            raise RankFailedError(f"{what}: {_listed(suspects)}")
+        self._suspects = suspects
 
 
 def _listed(phrases: list[str]) -> str:

@@ -6,6 +6,7 @@ who adds what is decided in `parameter_server`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,22 @@ from mpidl.errors import ClosedError
 from mpidl.topology import Topology
 
 _PIECE = 1 << 28  # elements per MPI call
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a window will be; ranks that only serve are told of it, the others know it."""
+
+    name: str
+    dtype: str
+    counts: tuple[int, ...]  # elements on each rank
+
+    def make(self, ranks: Topology) -> Window:
+        """Makes the window over `ranks` and fills it with zeros; a collective."""
+        count = self.counts[ranks.rank]
+        window = Window(ranks, count, self.dtype, self.name)
+        window.fill(np.zeros(count, self.dtype))
+        return window
 
 
 class Window:
@@ -63,6 +80,14 @@ class Window:
             piece = values[at : at + _PIECE]
             place = (offset + at, piece.size, self._type)
             self._window.Accumulate([piece, self._type], target, place, self._mpi.SUM)
+
+    def write(self, target: int, offset: int, values: np.ndarray[Any, Any]) -> None:
+        """Starts replacing target's elements from `offset` on, which nobody may use meanwhile; ends with `flush`."""
+        self._check()
+        self._lent.append((target, values))
+        for at in range(0, values.size, _PIECE):
+            piece = values[at : at + _PIECE]
+            self._window.Put([piece, self._type], target, (offset + at, piece.size, self._type))
 
     def add_at(self, target: int, indices: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> None:
         """Starts adding `values` to target's elements `indices` (int32, ascending); ends with `flush`."""

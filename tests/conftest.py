@@ -1,6 +1,7 @@
 """What pytest does in the parent process, which never starts MPI: each file of tests/mpi becomes one launch of ranks.
 
-    pytest                                   the whole suite on this environment's MPI
+    pytest                                   the whole suite on this environment's MPI, without a SLURM cluster
+    pytest -m slurm                          on a SLURM cluster of its own (root; see slurm/cluster.sh)
     pytest tests/mpi --inside='-k float16'   arguments for the pytest inside the ranks
 
 Inside the ranks this file steps aside; mpi/conftest.py acts there.
@@ -20,6 +21,7 @@ from bed import FOLDER, Outcome, run_file, settings
 _INSIDE = FOLDER in os.environ
 _MPI_TESTS = Path(__file__).parent / "mpi"
 _outcomes = pytest.StashKey[dict[str, Outcome]]()
+_left_out = pytest.StashKey[int]()  # tests that need a SLURM cluster
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_outcomes] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the tests that need a SLURM cluster out unless they were asked for."""
+    if _INSIDE or "slurm" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("slurm")]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[_left_out] = len(left_out)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -88,6 +101,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{name}: {outcome}")
         for test, why in outcome.skipped.items():
             terminalreporter.write_line(f"    SKIPPED {test.rpartition('::')[2]}: {why}")
+    if _left_out in config.stash:
+        terminalreporter.write_line(f"{config.stash[_left_out]} tests on a SLURM cluster were not run: pytest -m slurm")
     if config.getoption("--totals"):
         _write_totals(Path(config.getoption("--totals")), terminalreporter.stats, outcomes)
 

@@ -1,6 +1,7 @@
 /* Runs every kernel over odd sizes and alignments, for tests/sanitize.sh. Values are the Python tests' business; here
  * memory is: each buffer is exactly as large as it must be, so that one byte too far is a report.
  */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -66,12 +67,35 @@ static void round_trip(int from, int to, int64_t count, int shift, double scale)
     free(flat);
 }
 
+/* A kernel alone, past the caches and not: neither one byte nor a partial sum may tell which it was. */
+static void streamed_or_not(int from, int to, int64_t count, int shift, double scale) {
+    int64_t bytes = count * mpidl_itemsize(from) + shift, out_bytes = count * mpidl_itemsize(to) + 8 - shift;
+    char *source = allocate(bytes), *plain = allocate(out_bytes), *streamed = allocate(out_bytes);
+    fill(source, bytes, 3u + (uint32_t)count);
+    memset(plain, 0x5a, (size_t)out_bytes);
+    memset(streamed, 0x5a, (size_t)out_bytes);
+    double sums[2][MPIDL_LANES] = {{0}, {0}};
+    mpidl_kernel *kernel = mpidl_find_kernel(from, to);
+    kernel(source + shift, plain + 8 - shift, count, scale, false, sums[0]);
+    kernel(source + shift, streamed + 8 - shift, count, scale, true, sums[1]);
+    expect(memcmp(plain, streamed, (size_t)out_bytes) == 0, "streaming changed bytes", from, to, count);
+    for (int i = 0; i < MPIDL_LANES; i++) {
+        bool nan = isnan(sums[0][i]) && isnan(sums[1][i]);
+        expect(nan || sums[0][i] == sums[1][i], "streaming changed a sum", from, to, count);
+    }
+    free(source);
+    free(plain);
+    free(streamed);
+}
+
 static void every_size(int from, int to) {
     for (int n = 0; n < LENGTHS; n++) {
         for (int shift = 0; shift < 9; shift++) {
             round_trip(from, to, lengths[n], shift, 1.0);
+            streamed_or_not(from, to, lengths[n], shift, 1.0);
             if (!mpidl_is_integer(from)) {
                 round_trip(from, to, lengths[n], shift, -0.3);
+                streamed_or_not(from, to, lengths[n], shift, -0.3);
             }
         }
     }
@@ -94,9 +118,11 @@ static void refusals(void) {
     expect(mpidl_gather(1, &from, &one, &zero, f64, to, f64, 1, NULL) == MPIDL_BAD_ADDRESS, "packed", 1, 1, 1);
     expect(mpidl_gather(1, &from, &one, &zero, f64, to, f64, 1 / 0.0, &packed) == MPIDL_BAD_SCALE, "scale", 1, 1, 1);
     expect(y == 2, "a refused call wrote", 1, 1, 1);
+    expect(mpidl_use(-1) == MPIDL_BAD_INSTRUCTIONS, "instructions", 0, 0, 0);
+    expect(mpidl_use(MPIDL_INSTRUCTION_SETS) == MPIDL_BAD_INSTRUCTIONS, "instructions", 0, 0, 0);
 }
 
-int main(void) {
+static int every_pair(void) {
     int pairs = 0;
     for (int from = 0; from < MPIDL_DTYPES; from++) {
         for (int to = 0; to < MPIDL_DTYPES; to++) {
@@ -106,7 +132,20 @@ int main(void) {
             }
         }
     }
+    return pairs;
+}
+
+int main(void) {
+    static const char *const names[MPIDL_INSTRUCTION_SETS] = {"portable", "avx2", "avx512"};
+    int pairs = 0;
+    for (int set = 0; set < MPIDL_INSTRUCTION_SETS; set++) {
+        if (mpidl_use(set) != MPIDL_OK) {
+            printf("%s: this processor does not run it\n", names[set]);
+            continue;
+        }
+        pairs = every_pair();
+        printf("%s: %d pairs of dtypes, %d lengths, 9 alignments: %u failures\n", names[set], pairs, LENGTHS, failures);
+    }
     refusals();
-    printf("%d pairs of dtypes, %d lengths, 9 alignments: %u failures\n", pairs, LENGTHS, failures);
     return pairs == 0 || failures > 0;
 }

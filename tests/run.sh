@@ -6,19 +6,23 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 usage: tests/run.sh [--only mpich|openmpi] [--environments DIR] [-- PYTEST ARGUMENTS]
+       tests/run.sh --prepare [--only mpich|openmpi] [--environments DIR]
 
 Makes DIR/.venv-mpich and DIR/.venv-openmpi (DIR: the top of the checkout), or brings those that are there up to date,
 and runs pytest in each, both at the same time: tests of ranks that wait, sleep or are killed leave the cores idle for
-more than half of their time. What the second prints follows when the first has ended. The last line counts the tests of both, those inside the ranks included; the exit status is 0
-only if none failed. MPIDL_TORCH_INDEX names a further package index for torch, as for jobs/quickstart.sh.
+more than half of their time. What the second prints follows when the first has ended. The last line counts the tests of
+both, those inside the ranks included; the exit status is 0 only if none failed. --prepare makes the environments and
+stops there. MPIDL_TORCH_INDEX names a further package index for torch, as for jobs/quickstart.sh.
 TEXT
 }
 
 mpis=(mpich openmpi)
 environments=
+prepare_only=
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
+        --prepare) prepare_only=yes; shift ;;
         --only | --environments)
             [ $# -ge 2 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
             case $1=$2 in
@@ -54,7 +58,7 @@ prepare() { # mpi
     say "$1: preparing $venv"
     [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
     rm -rf build # left by an earlier installation; setuptools would pack files that are no longer in the source
-    "$venv/bin/pip" --disable-pip-version-check install --quiet -c jobs/constraints.txt "${index[@]}" ".[$1,jobs,test]"
+    "$venv/bin/pip" --disable-pip-version-check install --quiet -c jobs/constraints.txt "${index[@]}" ".[$1,jobs,plot,test]"
 }
 
 # A suite writes one line of totals when it comes to its end; one that does not has failed as a whole.
@@ -69,7 +73,7 @@ suite() { # mpi, pytest's arguments
 
 status=0
 for mpi in "${mpis[@]}"; do prepare "$mpi"; done
-second=
+[ -z "$prepare_only" ] || exit 0
 if [ ${#mpis[@]} -gt 1 ]; then
     set -m # a process group of its own, so that all of it can be ended
     suite "${mpis[1]}" "$@" > "$folder/second.log" 2>&1 &

@@ -6,12 +6,16 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from mpidl.cli.checks import Finding
+from mpidl.cli.finding import Finding
 from mpidl.errors import NoMPIError
+
+if TYPE_CHECKING:
+    from mpidl.cli.checks import Check
+    from mpidl.communicator import Communicator
 
 T = TypeVar("T")
 
@@ -33,25 +37,45 @@ def command(time_limit: float) -> None:
     Example:
       mpidl doctor
       mpidl run -n 4 -- mpidl doctor
+      sbatch jobs/check.sbatch
     """
     raise SystemExit(_examine(time_limit))
 
 
 def _examine(time_limit: float) -> int:
-    from mpidl.cli import checks
+    from mpidl import runtime
+    from mpidl.cli import checks, launch_checks
 
     try:
+        warning = launch_checks.foreseen(runtime.mpi_library(), os.environ)
+        if warning is not None:
+            _print(warning)
         world = _limited(time_limit, "starting MPI", checks.start)
     except NoMPIError as error:
         _print(Finding("FAIL", "MPI", str(error)))
         return 1
-    failed = False
-    for check in checks.CHECKS:
+    findings = _findings(world, checks.LAUNCH, time_limit)
+    if not any(finding.final for finding in findings):
+        checks.load(world)
+        findings += _findings(world, checks.MACHINE, time_limit)
+    return int(any(finding.level == "FAIL" for finding in findings))
+
+
+def _findings(world: Communicator, wanted: tuple[Check, ...], time_limit: float) -> list[Finding]:
+    """Makes the checks one by one, each within the limit, and prints what they find, on one rank."""
+    from mpidl.cli.launch_checks import speaks
+
+    findings: list[Finding] = []
+    for check in wanted:
         finding = _limited(time_limit, f"the check {check.__name__}", functools.partial(check, world))
-        failed |= finding.level == "FAIL"
-        if world.rank == 0:
+        if finding is None:
+            continue
+        findings.append(finding)
+        if speaks(world):
             _print(finding)
-    return int(failed)
+        if finding.final:
+            break
+    return findings
 
 
 def _print(finding: Finding) -> None:

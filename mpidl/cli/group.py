@@ -9,7 +9,12 @@ import click
 import mpidl
 from mpidl.errors import ArgumentError, LauncherError, NoMPIError
 
-_COMMANDS = {"doctor": "mpidl.cli.doctor", "run": "mpidl.cli.run", "train": "mpidl.cli.train"}
+_COMMANDS = {
+    "bench": "mpidl.cli.bench",
+    "doctor": "mpidl.cli.doctor",
+    "run": "mpidl.cli.run",
+    "train": "mpidl.cli.train",
+}
 
 
 class LazyGroup(click.Group):

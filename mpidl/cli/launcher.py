@@ -55,10 +55,12 @@ def plan(ranks: int, program: Sequence[str], *, environ: Mapping[str, str] | Non
     _refuse_inside_a_rank(environ)
     path = _path_with_own_folder(environ)
     added = {} if path == environ.get("PATH") else {"PATH": path}
-    mpirun = shutil.which("mpirun", path=f"{_own_folder()}{os.pathsep}{path}")
+    mpirun = _mpirun(path)
     srun = shutil.which("srun", path=path) if "SLURM_JOB_ID" in environ else None
     if srun is not None:
-        return Launch((srun, f"--mpi={_slurm_plugin(mpirun)}", "-n", str(ranks), *program), added, "srun")
+        # A plugin that the user chose in srun's own variable stays.
+        plugin = () if environ.get("SLURM_MPI_TYPE") else (f"--mpi={slurm_plugin(environ)}",)
+        return Launch((srun, *plugin, "-n", str(ranks), *program), added, "srun")
     if mpirun is None:
         raise LauncherError(f"no mpirun was found beside {sys.executable} or on PATH: {INSTALL_HINT}")
     kind = implementation(mpirun)
@@ -137,6 +139,16 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _slurm_plugin(mpirun: str | None) -> str:
-    """`srun --mpi=` that fits: MPICH speaks pmi2, Open MPI 5 pmix; without an mpirun to ask, pmix."""
+def slurm_plugin(environ: Mapping[str, str] | None = None) -> str:
+    """What `srun --mpi=` must name: MPICH and its kin speak pmi2, Open MPI 5 pmix; without an mpirun to ask, pmix.
+
+    Raises:
+        LauncherError: the mpirun beside this Python, or the first on PATH, is of an MPI that mpidl does not know.
+    """
+    mpirun = _mpirun(_path_with_own_folder(os.environ if environ is None else environ))
     return "pmi2" if mpirun is not None and implementation(mpirun) == "mpich" else "pmix"
+
+
+def _mpirun(path: str) -> str | None:
+    """The mpirun beside this Python, else the first on `path`."""
+    return shutil.which("mpirun", path=f"{_own_folder()}{os.pathsep}{path}")

@@ -34,13 +34,32 @@ _positive = click.IntRange(min=1)
     show_default=True,
     help="Local steps per exchange with the parameter server; without effect in the synchronous way.",
 )
+@click.option(
+    "--servers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How many of the last ranks only hold the model for the others; not in the synchronous way.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of model, order and dropout.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder for metrics, checkpoint and summary.  [default: runs/JOB-ALGORITHM]",
+    help="Folder for metrics, checkpoints and summary.  [default: runs/JOB-ALGORITHM]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the outputs of an earlier run in --output.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the newest whole checkpoint in --output; start anew if there is none.",
+)
+@click.option("--keep", type=_positive, default=2, show_default=True, help="How many of the newest checkpoints stay.")
+@click.option(
+    "--checkpoint-every",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Write checkpoints within epochs too, at the first line of metrics after so many seconds.",
+)
 @click.option("--log-every", type=_positive, default=10, show_default=True, help="Steps per line of metrics.")
 def command(  # noqa: PLR0917 - click passes each option by its name
     job: Path,
@@ -49,9 +68,13 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     epochs: int,
     batch_size: int,
     communication_window: int,
+    servers: int,
     seed: int,
     output: Path | None,
     overwrite: bool,
+    resume: bool,
+    keep: int,
+    checkpoint_every: float | None,
     log_every: int,
 ) -> None:
     """Train the job in the Python file JOB on the ranks that mpirun, srun or `mpidl run` started.
@@ -67,6 +90,7 @@ def command(  # noqa: PLR0917 - click passes each option by its name
       loss(model, batch) -> Tensor          the mean over the batch
       data(train: bool) -> Dataset
       optimizer(parameters) -> Optimizer    optional; SGD, lr 0.05, momentum 0.9
+      scheduler(optimizer) -> LRScheduler   optional; stepped after each epoch
       accuracy(model, batch) -> number      optional; the mean over the batch
       add_options(parser)                   optional; an argparse parser
 
@@ -74,15 +98,29 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     before its other functions are called. `-- --help` lists these options. `mpirun -n 4 python JOB ...` does the same
     as `mpidl train JOB ...` if the job ends with `if __name__ == "__main__": mpidl.cli.run_job(__file__)`.
 
-    --output receives summary.json, checkpoint.pt (replaced at the end of every epoch, by rename; loads with
-    torch.load(..., weights_only=True)), and metrics.jsonl, or one metrics.<rank>.jsonl per worker if the algorithm
-    is asynchronous.
+    --output receives summary.json; metrics.jsonl, or one metrics.<rank>.jsonl per worker if the algorithm is
+    asynchronous; and checkpoints/<number>/, written at the end of every epoch and when training stops:
+    model.safetensors, training.pt, what each rank alone holds, and manifest.json with the SHA-256 of each file.
+    A checkpoint appears whole, by rename, and only then is an older one removed.
+
+    With --resume a synchronous run on as many ranks as before ends bit for bit as if it had never stopped. On another
+    number of ranks parameters and optimiser are exact and the shares of the data are cut anew. An asynchronous run
+    goes on from the exact center and clock, each worker from what it last saved at a commit of its own. The job,
+    --algorithm, --seed, --batch-size, --communication-window and the job's options must be those of the run; all
+    else, and the number of ranks, may change. A damaged checkpoint is named and the one before it is used. Metrics
+    after the checkpoint are removed, since those steps come again; figures in the summary are those of all parts.
+    Generators of random numbers that a job makes for itself are not saved: it should draw from the global ones of
+    torch, numpy and Python.
+
+    SIGUSR1, SIGTERM or Ctrl-C, on any rank, asks all ranks to stop after their step (asynchronous: after their
+    commit) and to save. One more signal, a second later, ends the job at once.
 
     \b
     Exit status:
       0   trained to the end
+      1   failed; also: trained, but the last checkpoint could not be written
       2   refused before training; one sentence says why
-      75  stopped on request (SIGUSR1, or Ctrl-C): every rank ended its step, checkpoint and summary are written
+      75  stopped on request: every rank ended its step, checkpoint and summary are written; go on by --resume
     """
     settings = Settings(
         job=job,
@@ -91,8 +129,12 @@ def command(  # noqa: PLR0917 - click passes each option by its name
         epochs=epochs,
         batch_size=batch_size,
         communication_window=communication_window,
+        servers=servers,
         seed=seed,
         overwrite=overwrite,
+        resume=resume,
+        keep=keep,
+        checkpoint_every=checkpoint_every,
         log_every=log_every,
         job_options=job_options,
         command=shlex.join(sys.argv),

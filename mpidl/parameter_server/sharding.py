@@ -16,9 +16,12 @@ class Shard:
     count: int
 
 
-def shard(count: int, owners: int) -> tuple[Shard, ...]:
-    """Cuts `count` elements into one shard per owner, in order, equal but for rounding; late ones may be empty."""
+def shard(count: int, owners: int, first: int = 0) -> tuple[Shard, ...]:
+    """Cuts `count` elements into one shard per owner, in order, equal but for rounding; late ones may be empty.
+
+    The owners are the ranks from `first` on.
+    """
     size = -(-count // owners)
     size = -(-size // _ALIGNMENT) * _ALIGNMENT
     starts = [min(count, owner * size) for owner in range(owners + 1)]
-    return tuple(Shard(owner, starts[owner], starts[owner + 1] - starts[owner]) for owner in range(owners))
+    return tuple(Shard(first + i, starts[i], starts[i + 1] - starts[i]) for i in range(owners))

@@ -54,7 +54,7 @@ class Worker(DistributedOptimizer):
         optimizer: takes the local steps; holds parameters of `model` only. Hyperparameters may differ between ranks.
         model: parameters and buffers are broadcast from rank 0, in place; the center starts from them.
         communication_window: local steps per exchange; 5 as in dist-keras.
-        comm: who trains together; default `mpidl.world()`.
+        comm: who trains together; default `mpidl.world()`. The center lies on its servers, if it has any.
         buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
     """
 
@@ -81,9 +81,10 @@ class Worker(DistributedOptimizer):
         ]
         self._layout = lay_out(tensors, "float64" if wide else "float32")
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
-        self._server = Server(self._ranks, self._start, type(self).__name__)
+        self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service)
         self._clock = 0  # at the last pull
         self._steps = 0  # local steps since the last pull
+        self._last: tuple[int, np.ndarray[Any, Any]] | None = None  # clock and center at `finish()`
         self._stop_wished = False
         self.stopping = False
 
@@ -104,7 +105,7 @@ class Worker(DistributedOptimizer):
         Raises:
             ArgumentError: a closure was given.
             ClosedError: `finish()` was called.
-            RankFailedError: a thread of this process ended by an exception.
+            RankFailedError: a thread of this process ended by an exception, or another rank has died.
         """
         self._refuse(closure)
         failed = leaving.thread_failure()
@@ -118,15 +119,45 @@ class Worker(DistributedOptimizer):
 
     def center(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Returns the clock and a copy of the center variable, by parameter name; one-sided, not a collective."""
-        views = self._views()
-        pulled = flat.new(self._layout, views[0])
-        clock = self._server.pull(pulled)
-        dense = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in views]
-        flat.unpack(self._layout, pulled, dense)
-        return clock, {
+        clock, pulled = self.snapshot()
+        return clock, self.named(pulled)
+
+    def snapshot(self) -> tuple[int, np.ndarray[Any, Any]]:
+        """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there."""
+        if self._last is not None:
+            return self._last
+        pulled = flat.new(self._layout, self._held[0][1].detach())
+        return self._server.pull(pulled), pulled
+
+    def named(self, center: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        """Returns the parts of a flat center by parameter name, in the parameters' dtypes, on their device.
+
+        Args:
+            center: as `snapshot` gave it.
+        """
+        dense = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views()]
+        flat.unpack(self._layout, center, dense)
+        return {
             name: one.permute(tuple(np.argsort(order))).clone()
             for (name, _), one, order in zip(self._held, dense, self._orders, strict=True)
         }
+
+    def restore(self, clock: int, center: np.ndarray[Any, Any] | None = None) -> None:
+        """Makes a run go on from a saved center; a collective before the first step.
+
+        Args:
+            clock: how many commits are in it.
+            center: as `snapshot` gave it, if it is wider than the parameters, which the model holds already.
+        """
+        if self._ranks.rank == 0:
+            self._server.restore(clock, None if center is None else center - self._start)
+        self._ranks.barrier("restoring the center")  # nobody may commit before, nor pull
+        self._pull()
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether this worker took no local step since its last exchange."""
+        return self._steps == 0
 
     def request_stop(self) -> None:
         """Asks all workers to stop; each sees `stopping` become True at its next commit."""
@@ -138,17 +169,21 @@ class Worker(DistributedOptimizer):
         The steps since the last exchange are committed, all workers are waited for, and every rank's parameters become
         the center as it then is.
         """
-        super().finish()
+        try:
+            super().finish()
+        finally:
+            self._server.end_progress()  # also if it failed: no thread may go on
 
     def _close(self) -> None:
         if self._steps:
             self._exchange()
         self._ranks.barrier("finish")  # after it every commit has landed: each rank flushed its own
-        self._pull()
+        self._last = self._pull()
         self._server.close()
 
     def _exchange(self) -> None:
         started = time.perf_counter()
+        self._server.look()
         if self._stop_wished:
             self._server.clock.request_stop()
             self._stop_wished = False
@@ -176,7 +211,7 @@ class Worker(DistributedOptimizer):
                 "from the center. If it happens again and again, the local optimizer's state (momentum) may hold it too"
             )
 
-    def _pull(self) -> None:
+    def _pull(self) -> tuple[int, np.ndarray[Any, Any]]:
         views = self._views()
         pulled = flat.new(self._layout, views[0])
         self._clock = self._server.pull(pulled)
@@ -186,6 +221,7 @@ class Worker(DistributedOptimizer):
         # may be committed.
         self._start = self._flat()
         self._steps = 0
+        return self._clock, pulled
 
     def _flat(self) -> np.ndarray[Any, Any]:
         return flat.pack(self._layout, self._views())

@@ -9,7 +9,11 @@ stop        a request to stop, noted by a signal handler
 data        loaders: shuffled shares for training, exact shares for evaluation
 evaluation  held-out loss and accuracy over all ranks
 recording   metrics and progress, written while training
-outputs     the output folder: checkpoints, metrics, summary, each written so that it is whole or absent
+checkpoint  what a checkpoint is: files under a manifest, whole or refused by name
+saving      when a checkpoint is written, by which rank, and what is in it
+resuming    which checkpoint a run goes on from, and how each rank takes up its part
+randomness  the random numbers of one rank
+outputs     the output folder: metrics and summary, each written so that it is whole or absent
 agreement   how ranks refuse alike
 progress    what a person sees
 """

@@ -9,14 +9,33 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
+import mpidl
 from mpidl.communicator import Communicator
-from mpidl.errors import ArgumentError, MpidlError
+from mpidl.errors import ArgumentError, MismatchError, MpidlError
+from mpidl.training.settings import Settings
 
 T = TypeVar("T")
 
 
 class RefusedError(ArgumentError):
     """The run was refused before training, on every rank with the same message."""
+
+
+def workers(settings: Settings) -> Communicator:
+    """Returns the ranks that train; on the others, which serve, the program ends here when they have ended.
+
+    Raises:
+        RefusedError: there cannot be so many servers, or the algorithm has no use for them.
+    """
+    if settings.synchronous and settings.servers:
+        raise RefusedError(
+            f"--servers {settings.servers}: --algorithm synchronous has no parameter server; "
+            "the asynchronous algorithms do"
+        )
+    try:
+        return mpidl.world(servers=settings.servers)
+    except (ArgumentError, MismatchError) as error:  # raised alike on every rank
+        raise RefusedError(str(error)) from error
 
 
 def everywhere(comm: Communicator, phase: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ A job is a Python file that does nothing at import and has
 and optionally
 
     optimizer(parameters) -> Optimizer      else SGD with lr 0.05 and momentum 0.9
+    scheduler(optimizer) -> LRScheduler     its step() is called after each epoch, without arguments
     accuracy(model, batch) -> Tensor|float  the mean over the batch
     add_options(parser)                     an argparse parser; what it parses from the arguments after `--` is set as
                                             the module's attribute `options` before any other function is called
@@ -27,12 +28,13 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from mpidl.errors import ArgumentError
 
 _REQUIRED = {"model": 0, "loss": 2, "data": 1}  # function -> how many positional arguments it is called with
-_OPTIONAL = {"optimizer": 1, "accuracy": 2, "add_options": 1}
+_OPTIONAL = {"optimizer": 1, "scheduler": 1, "accuracy": 2, "add_options": 1}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Job:
     data: Callable[[bool], Dataset[Any]]
     accuracy: Callable[[torch.nn.Module, Any], torch.Tensor | float] | None
     optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None
     options: dict[str, Any]  # as parsed, for the summary
 
     def new_model(self) -> torch.nn.Module:
@@ -85,6 +88,22 @@ class Job:
                 f"optimizer(parameters) of {self.file} must return a torch.optim.Optimizer, found {_kind(optimizer)}"
             )
         return optimizer
+
+    def new_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        """Returns the job's scheduler over `optimizer`, or None.
+
+        Raises:
+            ArgumentError: `scheduler` returned something that cannot be stepped once per epoch.
+        """
+        if self.scheduler is None:
+            return None
+        scheduler = self.scheduler(optimizer)
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            raise ArgumentError(
+                f"scheduler(optimizer) of {self.file} must return a torch.optim.lr_scheduler.LRScheduler whose step() "
+                f"takes no argument, found {_kind(scheduler)}"
+            )
+        return scheduler
 
     def try_batches(self, model: torch.nn.Module, train_batch: Any, held_out_batch: Any) -> None:
         """Calls `loss` and `accuracy` once, leaving the model's buffers and torch's random state as they were.
@@ -132,6 +151,7 @@ def load(file: Path, arguments: Sequence[str] = ()) -> Job:
         **functions,
         accuracy=getattr(module, "accuracy", None),
         optimizer=getattr(module, "optimizer", _default_optimizer),
+        scheduler=getattr(module, "scheduler", None),
         options=vars(options),
     )
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
-from mpidl.training.data import Share
+from mpidl.training.data import Position, Share
 from mpidl.training.job import Job
 from mpidl.training.recording import Recorder
+from mpidl.training.saving import Saver
 from mpidl.training.stop import StopRequest
 from mpidl.training.ways import Way
-
-
-@dataclass(frozen=True)
-class Progressed:
-    """How far the loop came."""
-
-    epochs: int  # finished
-    stopped: bool  # the ranks agreed to stop on request
 
 
 @dataclass(frozen=True)
@@ -29,27 +22,24 @@ class Loop:
     job: Job
     model: torch.nn.Module
     way: Way
+    scheduler: LRScheduler | None
     share: Share
     recorder: Recorder
+    saver: Saver
     stop: StopRequest
 
-    def run(self, epochs: int, end_of_epoch: Callable[[int], None]) -> Progressed:
-        """Trains `epochs` epochs, or until the ranks agree to stop.
-
-        Args:
-            end_of_epoch: called with the number of finished epochs; makes no collective.
-        """
+    def run(self, start: Position, epochs: int) -> Position:
+        """Trains from `start` until `epochs` epochs are finished or the ranks agree to stop; returns where that was."""
         self.model.train()
-        for epoch in range(epochs):
-            if self._epoch(epoch):
-                return Progressed(epoch, stopped=True)
-            end_of_epoch(epoch + 1)
-        return Progressed(epochs, stopped=False)
+        position, stopping = start, False
+        while position.epoch < epochs and not stopping:
+            position, stopping = self._epoch(position)
+        return position
 
-    def _epoch(self, epoch: int) -> bool:
-        """Trains one epoch; returns whether the ranks agreed to stop within it."""
-        optimizer = self.way.optimizer
-        for step, (batch, count) in enumerate(self.share.epoch(epoch), start=1):
+    def _epoch(self, position: Position) -> tuple[Position, bool]:
+        """Trains the rest of an epoch; returns where this rank stands and whether the ranks agreed to stop."""
+        optimizer, last, stopping = self.way.optimizer, self.share.last_step(position), False
+        for batch, count in self.share.epoch(position):
             if self.stop.asked:
                 optimizer.request_stop()
             optimizer.zero_grad()
@@ -59,7 +49,16 @@ class Loop:
             optimizer.step()
             self.recorder.add(loss, count)
             stopping = bool(optimizer.stopping)
-            self.recorder.after_step(epoch, step, last=stopping or step == self.share.steps)
+            position = position.after(count)
+            done = position.step == last
+            self.recorder.after_step(position.epoch, position.step, last=stopping or done)
+            if done:
+                break
             if stopping:
-                return True
-        return False
+                return position, True
+            self.saver.after_step(position)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        position = Position(position.epoch + 1)
+        self.saver.after_epoch(position)
+        return position, stopping

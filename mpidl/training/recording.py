@@ -6,6 +6,7 @@ In the asynchronous way nothing here is a collective; in the synchronous way a r
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,18 @@ import torch
 from mpidl.training.outputs import MetricsFile
 from mpidl.training.progress import Figures, Progress
 from mpidl.training.ways import Tally, Way
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one rank did before its run was stopped."""
+
+    steps: int
+    samples: int
+    seconds: float
+
+
+NOTHING = Done(0, 0, 0.0)
 
 
 class Recorder:
@@ -23,15 +36,32 @@ class Recorder:
         metrics: where records go; None on a rank that writes none.
         progress: what is shown.
         every: steps per record; the same on all ranks.
+        before: what this rank did before the run was stopped, if it goes on.
     """
 
-    def __init__(self, way: Way, metrics: MetricsFile | None, progress: Progress, every: int) -> None:
+    def __init__(
+        self, way: Way, metrics: MetricsFile | None, progress: Progress, every: int, before: Done = NOTHING
+    ) -> None:
         self._way, self._metrics, self._progress, self._every = way, metrics, progress, every
         self._losses: list[tuple[torch.Tensor, int]] = []
-        self._started = self._since = time.monotonic()
+        self._before = before
+        self._since = self._started = time.monotonic()
         self._figures: Figures | None = None
-        self.samples = 0  # of this rank, in all
-        self.steps = 0
+        self.samples = before.samples  # of this rank, in all
+        self.steps = before.steps
+        self.just_recorded = False  # after the last step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a stop included."""
+        return time.monotonic() - self._started
+
+    def start(self) -> None:
+        """Opens the metrics and starts the clock; to be called when training begins."""
+        if self._metrics is not None:
+            self._metrics.open()
+        self._since = time.monotonic()
+        self._started = self._since - self._before.seconds
 
     def add(self, loss: torch.Tensor, count: int) -> None:
         """Takes in one batch; the loss is not looked at yet, since on a GPU that would wait for it."""
@@ -47,7 +77,8 @@ class Recorder:
             step: steps done in this epoch.
             last: whether no more steps follow in this epoch, on all ranks in the synchronous way.
         """
-        if last or step % self._every == 0:
+        self.just_recorded = last or step % self._every == 0
+        if self.just_recorded:
             self._record(epoch)
         self._progress.update(epoch, step, self._figures)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import random
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +13,24 @@ import mpidl
 from mpidl import runtime
 from mpidl.communicator import Communicator
 from mpidl.training import job as jobs
-from mpidl.training.agreement import everywhere
-from mpidl.training.data import Share, first_batch, training_share
+from mpidl.training import resuming
+from mpidl.training.agreement import RefusedError, everywhere, workers
+from mpidl.training.checkpoint import Store, check_encodable
+from mpidl.training.data import Position, Share, first_batch, training_share
 from mpidl.training.evaluation import HeldOut, evaluate
 from mpidl.training.job import Job
-from mpidl.training.loop import Loop, Progressed
-from mpidl.training.outputs import Folder
+from mpidl.training.loop import Loop
+from mpidl.training.outputs import CHECKPOINTS, Folder
 from mpidl.training.progress import Silent, new_progress
-from mpidl.training.recording import Recorder
-from mpidl.training.settings import STOPPED_STATUS, Settings
+from mpidl.training.randomness import seed_all
+from mpidl.training.recording import NOTHING, Recorder
+from mpidl.training.resuming import Origin
+from mpidl.training.saving import AsynchronousSaver, Saver, Subject, SynchronousSaver, worker_folder
+from mpidl.training.settings import STOPPED_STATUS, UNSAVED_STATUS, Settings
 from mpidl.training.stop import StopRequest
 from mpidl.training.ways import Way, new_way
+
+_EVALUATION_OF_A_STOPPED_RUN = 10.0  # seconds at most: who was asked to stop may not have long
 
 
 @dataclass(frozen=True)
@@ -39,121 +44,168 @@ class Prepared:
     held_out: Any
 
 
-def run(settings: Settings, stop: StopRequest) -> int:
-    """Trains the job as the settings say and writes its outputs; a collective over all ranks.
+@dataclass(frozen=True)
+class Progressed:
+    """What the ranks did together."""
+
+    epochs: int  # finished
+    stopped: bool  # they agreed to stop on request
+    saved: bool  # the last checkpoint is written
+
+
+def run(settings: Settings, stop: StopRequest, comm: Communicator | None = None) -> int:
+    """Trains the job as the settings say and writes its outputs; a collective over all ranks, the last may only serve.
+
+    Args:
+        settings: what the user asked for.
+        stop: becomes set when this rank is asked to stop.
+        comm: who trains; default `mpidl.world()`.
 
     Returns:
-        The exit status: 0, or 75 if the run was stopped on request.
+        The exit status: 0, 75 if the run was stopped on request, or 1 if its last checkpoint could not be written.
 
     Raises:
         RefusedError: something was wrong before training; the same on every rank.
         HelpAskedError: the job's own options were asked for.
     """
-    comm = mpidl.world()
+    comm = comm if comm is not None else workers(settings)
     job = everywhere(comm, lambda: jobs.load(settings.job, settings.job_options))
     prepared = everywhere(comm, lambda: _prepare(settings, job))
+    kept = everywhere(comm, lambda: resuming.identity(settings, job.options, len(prepared.train)))
     folder = Folder(settings.output)
-    everywhere(comm, lambda: folder.prepare(settings.overwrite) if comm.rank == 0 else None)
+    origin = resuming.choose(comm, folder, settings, kept)
+    if origin is not None:
+        everywhere(comm, lambda: resuming.load_model(origin, prepared.model))
     way = new_way(settings, prepared.optimizer, prepared.model, comm)
-    _seed(settings.seed + comm.rank)  # from here on: dropout, augmentation
-    return _Run(settings, comm, prepared, folder, way).train(stop)
+    return _Run(settings, comm, prepared, folder, way, kept, origin).train(stop)
 
 
 def _prepare(settings: Settings, job: Job) -> Prepared:
     """Makes the job's objects and tries its functions once; no collective."""
-    _seed(settings.seed)
+    seed_all(settings.seed)
     train, held_out = job.dataset(True), job.dataset(False)
-    _seed(settings.seed)  # so that the model does not depend on how the data were made
+    seed_all(settings.seed)  # so that the model does not depend on how the data were made
     model = job.new_model()
     job.try_batches(model, first_batch(train, settings.batch_size), first_batch(held_out, settings.batch_size))
+    if job.scheduler is not None:
+        tried = job.new_scheduler(job.new_optimizer(model.parameters()))  # over an optimiser of its own
+        check_encodable(f"what scheduler(optimizer) of {job.file} returned", tried.state_dict() if tried else {})
     return Prepared(job, model, job.new_optimizer(model.parameters()), train, held_out)
 
 
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
+@dataclass
 class _Run:
     """A run that is under way on this rank."""
 
-    def __init__(self, settings: Settings, comm: Communicator, prepared: Prepared, folder: Folder, way: Way) -> None:
-        self._settings, self._comm, self._prepared = settings, comm, prepared
-        self._folder, self._way = folder, way
+    settings: Settings
+    comm: Communicator
+    prepared: Prepared
+    folder: Folder
+    way: Way
+    kept: dict[str, Any]  # settings that a run keeps when it goes on
+    origin: Origin | None  # where it goes on from
+
+    def __post_init__(self) -> None:
+        settings, comm, prepared, origin = self.settings, self.comm, self.prepared, self.origin
         self._share: Share = training_share(prepared.train, comm.rank, comm.size, settings.batch_size, settings.seed)
+        self._recorder = self._new_recorder()
+        self._subject = Subject(
+            settings=settings,
+            identity=self.kept,
+            comm=comm,
+            checkpoints=self.folder.checkpoints,
+            model=prepared.model,
+            way=self.way,
+            scheduler=prepared.job.new_scheduler(self.way.optimizer),
+            recorder=self._recorder,
+            resumed=origin.resumed if origin is not None else 0,
+        )
 
     def train(self, stop: StopRequest) -> int:
-        recorder = self._new_recorder()
-        started = time.monotonic()
-        prepared = self._prepared
-        loop = Loop(prepared.job, prepared.model, self._way, self._share, recorder, stop)
-        progressed = loop.run(self._settings.epochs, self._end_of_epoch)
-        self._way.optimizer.finish()
-        seconds = time.monotonic() - started
-        recorder.close()
-        progressed = self._agreed(progressed)
-        self._conclude(progressed, recorder, seconds)
+        prepared, start = self.prepared, Position()
+        seed_all(self.settings.seed + self.comm.rank)  # from here on: dropout, augmentation
+        if self.origin is not None:
+            start = self.origin.position
+            self._restore(self.origin)
+        saver = self._new_saver()
+        self._recorder.start()
+        loop = Loop(
+            prepared.job, prepared.model, self.way, self._subject.scheduler, self._share, self._recorder, saver, stop
+        )
+        position = loop.run(start, self.settings.epochs)
+        saver.before_finish(position)
+        self.way.optimizer.finish()
+        seconds = self._recorder.seconds
+        saver.after_finish(position)
+        self._recorder.close()
+        progressed = self._agreed(position, saver)
+        self._conclude(progressed, seconds)
+        if not progressed.saved:
+            return UNSAVED_STATUS
         return STOPPED_STATUS if progressed.stopped else 0
 
-    def _agreed(self, progressed: Progressed) -> Progressed:
-        """What the ranks did together: a worker may have ended its last epoch before another was asked to stop."""
-        mine = np.array([progressed.epochs, not progressed.stopped], np.int64)
-        epochs, none_stopped = self._comm.allreduce(mine, op="min")
-        return Progressed(int(epochs), stopped=not none_stopped)
+    def _restore(self, origin: Origin) -> None:
+        try:
+            resuming.restore(origin, self._subject)
+        except RefusedError:  # on all ranks alike: so all can close what is open, and leave quietly
+            self._recorder.close()
+            self.way.optimizer.finish()
+            raise
 
-    def _conclude(self, progressed: Progressed, recorder: Recorder, seconds: float) -> None:
-        """Saves first and evaluates then: who was asked to stop may not have long."""
-        self._save(progressed.epochs, dict(self._prepared.model.state_dict()))
-        summary = self._summary(progressed, recorder, seconds)
-        if progressed.stopped and self._comm.rank == 0:
-            self._folder.write_summary(summary)
-        prepared, size = self._prepared, self._settings.batch_size
-        held_out = evaluate(prepared.job, prepared.model, prepared.held_out, self._comm, size)
-        if self._comm.rank == 0:
-            self._folder.write_summary({**summary, **_figures(held_out)})
-        self._comm.barrier()  # Open MPI ends the job when the first rank exits with a status: the summary comes first
+    def _new_saver(self) -> Saver:
+        """Numbers go on above all that were ever given."""
+        checkpoints, comm = self.folder.checkpoints, self.comm
+        mine = Store(checkpoints).next_number() if comm.rank == 0 else 0
+        number = int(comm.allreduce(np.array([mine], np.int64))[0])
+        if self.settings.synchronous:
+            return SynchronousSaver(self._subject, number)
+        own = Store(worker_folder(checkpoints, comm.rank)).next_number()
+        clock = self.origin.checkpoint.manifest["clock"] if self.origin is not None else None
+        return AsynchronousSaver(self._subject, own, number, clock)
+
+    def _agreed(self, position: Position, saver: Saver) -> Progressed:
+        """What the ranks did together: a worker may have ended its last epoch before another was asked to stop."""
+        epochs, saved = self.comm.allreduce(np.array([position.epoch, not saver.failed], np.int64), op="min")
+        return Progressed(int(epochs), stopped=bool(epochs < self.settings.epochs), saved=bool(saved))
+
+    def _conclude(self, progressed: Progressed, seconds: float) -> None:
+        """All is saved already; the summary comes before the evaluation if there may not be time for both."""
+        summary = self._summary(progressed, seconds)
+        if progressed.stopped and self.comm.rank == 0:
+            self.folder.write_summary(summary)
+        prepared, size = self.prepared, self.settings.batch_size
+        limit = _EVALUATION_OF_A_STOPPED_RUN if progressed.stopped else None
+        held_out = evaluate(prepared.job, prepared.model, prepared.held_out, self.comm, size, limit=limit)
+        if self.comm.rank == 0:
+            self.folder.write_summary({**summary, **_figures(held_out)})
+        self.comm.barrier()  # Open MPI ends the job when the first rank exits with a status: the summary comes first
 
     def _new_recorder(self) -> Recorder:
-        settings, rank = self._settings, self._comm.rank
-        label = f"{settings.job.stem} {settings.algorithm} x{self._comm.size}"
+        settings, rank = self.settings, self.comm.rank
+        label = f"{settings.job.stem} {settings.algorithm} x{self.comm.size}"
         progress = (
             new_progress(label, settings.epochs, self._share.steps, settings.terminal_columns)
             if rank == 0
             else Silent()
         )
+        before = self.origin.done if self.origin is not None else NOTHING
         writes = rank == 0 or not settings.synchronous
-        metrics = self._folder.metrics(None if settings.synchronous else rank) if writes else None
-        return Recorder(self._way, metrics, progress, settings.log_every)
+        metrics = self.folder.metrics(None if settings.synchronous else rank, before.steps) if writes else None
+        return Recorder(self.way, metrics, progress, settings.log_every, before)
 
-    def _end_of_epoch(self, epochs: int) -> None:
-        if self._comm.rank == 0:
-            self._save(epochs, self._way.model_state())
-
-    def _save(self, epochs: int, state: dict[str, torch.Tensor]) -> None:
-        if self._comm.rank != 0:
-            return
-        self._folder.write_checkpoint(
-            {
-                "model": state,
-                "optimizer": self._way.optimizer.state_dict(),
-                "algorithm": self._settings.algorithm,
-                "epochs": epochs,
-                "ranks": self._comm.size,
-                "seed": self._settings.seed,
-                "mpidl": mpidl.__version__,
-            }
-        )
-
-    def _summary(self, progressed: Progressed, recorder: Recorder, seconds: float) -> dict[str, Any]:
-        """What is known before the evaluation; a collective."""
-        samples = int(self._comm.allreduce(np.array([recorder.samples], np.int64))[0])
-        wall = float(self._comm.allreduce(np.array([seconds]), op="max")[0])
-        settings = self._settings
+    def _summary(self, progressed: Progressed, seconds: float) -> dict[str, Any]:
+        """What is known before the evaluation; a collective. Figures are those of all parts of a run that went on."""
+        samples = int(self.comm.allreduce(np.array([self._recorder.samples], np.int64))[0])
+        wall = float(self.comm.allreduce(np.array([seconds]), op="max")[0])
+        settings, origin = self.settings, self.origin
+        newest = Store(self.folder.checkpoints).numbers()[-1:]
         return {
             "job": str(settings.job),
             "algorithm": settings.algorithm,
             "stopped": progressed.stopped,
+            "resumed": self._subject.resumed,
+            "resumed_from": None if origin is None else f"{CHECKPOINTS}/{origin.checkpoint.path.name}",
+            "checkpoint": f"{CHECKPOINTS}/{newest[0]:06d}" if newest else None,
             "held_out_loss": None,
             "held_out_accuracy": None,
             "held_out_samples": None,
@@ -162,14 +214,15 @@ class _Run:
             "samples_per_second": samples / wall,
             "epochs": settings.epochs,
             "epochs_finished": progressed.epochs,
-            "steps": recorder.steps,
+            "steps": self._recorder.steps,
             "batch_size": settings.batch_size,
             "communication_window": None if settings.synchronous else settings.communication_window,
             "seed": settings.seed,
-            "options": {name: _plain(value) for name, value in self._prepared.job.options.items()},
-            **self._way.totals(),
-            "ranks": self._comm.size,
-            "nodes": self._comm.nodes,
+            "options": {name: resuming.plain(value) for name, value in self.prepared.job.options.items()},
+            **self.way.totals(),
+            "ranks": self.comm.size,
+            "servers": self.comm.servers,
+            "nodes": self.comm.nodes,
             "threads_per_rank": torch.get_num_threads(),
             "mpi": runtime.mpi_description(),
             "versions": {
@@ -181,14 +234,11 @@ class _Run:
         }
 
 
-def _figures(held_out: HeldOut) -> dict[str, Any]:
+def _figures(held_out: HeldOut | None) -> dict[str, Any]:
+    if held_out is None:
+        return {}
     return {
         "held_out_loss": held_out.loss,
         "held_out_accuracy": held_out.accuracy,
         "held_out_samples": held_out.samples,
     }
-
-
-def _plain(value: object) -> object:
-    """A value as JSON has it; what JSON has no form for, as text."""
-    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)

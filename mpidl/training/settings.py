@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ALGORITHMS = ("synchronous", "downpour", "agn")
+UNSAVED_STATUS = 1  # trained, but the last checkpoint could not be written
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, outputs written, may be run again
 
 
@@ -19,8 +20,12 @@ class Settings:
     epochs: int = 20
     batch_size: int = 16  # samples per rank and step
     communication_window: int = 3  # local steps per exchange, asynchronous only
+    servers: int = 0  # of the last ranks, which then do not train; asynchronous only
     seed: int = 0
     overwrite: bool = False
+    resume: bool = False  # go on from the newest whole checkpoint in `output`
+    keep: int = 2  # newest checkpoints that stay
+    checkpoint_every: float | None = None  # seconds, besides the end of each epoch
     log_every: int = 10  # steps per line of metrics
     job_options: tuple[str, ...] = ()
     command: str = ""  # as the user wrote it, for the summary

@@ -1,4 +1,4 @@
-"""The two ways of training as the loop sees them: how a batch is weighed, what is recorded, which model is saved.
+"""The two ways of training as the loop sees them: how a batch is weighed, what is recorded, what is saved of all.
 
 What makes them differ lives below, in `mpidl.synchronous` and `mpidl.parameter_server`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,19 +28,32 @@ class Tally:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What a checkpoint holds of all ranks together, apart from the optimiser."""
+
+    model: dict[str, Any]  # as `state_dict` has it
+    clock: int | None = None  # commits in it, asynchronous only
+    center: torch.Tensor | None = None  # flat, where it is wider than the model's dtypes
+
+
 class Way(Protocol):
     """What the loop needs to know of a distributed optimiser."""
 
     optimizer: Any
+    due: bool  # rank 0, or an asynchronous worker, finds it time for a checkpoint
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
         """Says, around backward, how many samples this rank's batch holds."""
 
     def record(self, tally: Tally) -> dict[str, Any]:
-        """Returns the figures since the last record."""
+        """Returns the figures since the last record; synchronous: afterwards `due` is alike on all ranks."""
 
-    def model_state(self) -> dict[str, torch.Tensor]:
-        """Returns the model to be saved now; called on rank 0 only."""
+    def shared(self) -> Shared:
+        """Returns what is to be saved now; called on rank 0 only, no collective."""
+
+    def restore_statistics(self, saved: Mapping[str, Any]) -> None:
+        """Goes on with the counts of an earlier part of this run."""
 
     def totals(self) -> dict[str, Any]:
         """Returns what the summary says of communication and staleness; a collective, after `finish()`."""
@@ -52,6 +66,7 @@ class SynchronousWay:
         self.optimizer = optimizer
         self._model, self._comm = model, comm
         self._communicated = 0.0
+        self.due = False
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
         manager: contextlib.AbstractContextManager[Any] = self.optimizer.samples(count)
@@ -60,9 +75,10 @@ class SynchronousWay:
     def record(self, tally: Tally) -> dict[str, Any]:
         """Figures of all ranks; a collective: every rank records after the same steps."""
         communicated = float(self.optimizer.statistics.seconds_communicating)
-        mine = np.array([tally.loss, tally.samples, tally.seconds, communicated - self._communicated])
+        mine = np.array([tally.loss, tally.samples, tally.seconds, communicated - self._communicated, self.due])
         self._communicated = communicated
-        loss, samples, seconds, communicating = (float(x) for x in self._comm.allreduce(mine))
+        loss, samples, seconds, communicating, due = (float(x) for x in self._comm.allreduce(mine))
+        self.due = due > 0
         size = self._comm.size
         return {
             "loss": loss / samples,
@@ -71,8 +87,12 @@ class SynchronousWay:
             "seconds_communicating": communicating / size,
         }
 
-    def model_state(self) -> dict[str, torch.Tensor]:
-        return dict(self._model.state_dict())
+    def shared(self) -> Shared:
+        return Shared(dict(self._model.state_dict()))
+
+    def restore_statistics(self, saved: Mapping[str, Any]) -> None:
+        vars(self.optimizer.statistics).update(saved)
+        self._communicated = float(self.optimizer.statistics.seconds_communicating)
 
     def totals(self) -> dict[str, Any]:
         statistics = self.optimizer.statistics
@@ -88,6 +108,7 @@ class AsynchronousWay:
         self.optimizer = optimizer
         self._model, self._comm = model, comm
         self._communicated = 0.0
+        self.due = False
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
         """Nobody's gradients are averaged with another's here: a batch weighs nothing."""
@@ -108,13 +129,21 @@ class AsynchronousWay:
             "mean_staleness": statistics.mean_staleness,
         }
 
-    def model_state(self) -> dict[str, torch.Tensor]:
+    def shared(self) -> Shared:
         """The center variable in the model's dtypes, with this worker's buffers; one-sided, no collective."""
-        state: dict[str, torch.Tensor] = dict(self._model.state_dict())
-        _, center = self.optimizer.center()
+        model = dict(self._model.state_dict())
+        clock, flat = self.optimizer.snapshot()
+        center = self.optimizer.named(flat)
         for name, value in center.items():
-            state[name] = value.to(state[name].dtype)
-        return state
+            model[name] = value.to(model[name].dtype)
+        wide = torch.from_numpy(flat)
+        exact = all(value.dtype == wide.dtype for value in center.values())
+        return Shared(model, clock, None if exact else wide)
+
+    def restore_statistics(self, saved: Mapping[str, Any]) -> None:
+        statistics = self.optimizer.statistics
+        vars(statistics).update({**saved, "staleness": Counter(saved["staleness"])})
+        self._communicated = float(statistics.seconds_communicating)
 
     def totals(self) -> dict[str, Any]:
         statistics = self.optimizer.statistics

@@ -2,8 +2,10 @@
 
 A test takes `comm` and runs once for each size, on a communicator of the first ranks; ranks outside pass through.
 Sizes: 1 to 4 in a launch of up to 4 ranks, 5 and up in a larger one; a file may say SIZES = (2, 4) instead, or ask for
-launches by RANKS = (4, 8). After every test all ranks agree that it passed. The rank where one fails writes its report
-to its own file and aborts the job: the others would wait for ever. bed.py, in the parent, reads the files.
+launches by RANKS = (4, 8). A size (3, 1) is 3 workers with a server, which serves while the workers test; SERVERS =
+(0, 1) has `world_comm` made with so many servers. After every test all ranks agree that it passed. The rank where one
+fails writes its report to its own file and aborts the job: the others would wait for ever. bed.py, in the parent, reads
+the files.
 """
 
 from __future__ import annotations
@@ -73,22 +75,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "comm" in metafunc.fixturenames:
         ranks = _ranks()
         usual = range(1, ranks + 1) if ranks <= 4 else range(5, ranks + 1)
-        sizes = [size for size in getattr(metafunc.module, "SIZES", usual) if size <= ranks]
-        metafunc.parametrize("comm", sizes, indirect=True, ids=[f"size{size}" for size in sizes], scope="function")
+        found = [size if isinstance(size, tuple) else (size, 0) for size in getattr(metafunc.module, "SIZES", usual)]
+        sizes = [(workers, servers) for workers, servers in found if workers + servers <= ranks]
+        ids = [f"size{workers}" + (f"-and-{servers}" if servers else "") for workers, servers in sizes]
+        metafunc.parametrize("comm", sizes, indirect=True, ids=ids, scope="function")
+    if "world_comm" in metafunc.fixturenames and hasattr(metafunc.module, "SERVERS"):
+        counts = metafunc.module.SERVERS
+        metafunc.parametrize("world_comm", counts, indirect=True, ids=[f"servers{count}" for count in counts])
 
 
 @pytest.fixture
-def comm(request: pytest.FixtureRequest) -> mpidl.Communicator:
-    """A communicator of the first `size` ranks; made once, used by all tests of that size."""
-    if _mpi().COMM_WORLD.rank >= request.param:
+def comm(request: pytest.FixtureRequest) -> Iterator[mpidl.Communicator]:
+    """A communicator of the first ranks; without servers made once, used by all tests of that size."""
+    workers, servers = request.param
+    if _mpi().COMM_WORLD.rank >= workers + servers:
         pytest.skip(OUTSIDE)
-    return _communicator(request.param)
+    yield from _with_servers(_communicator(workers + servers), servers)
 
 
 @pytest.fixture
-def world_comm() -> mpidl.Communicator:
-    """A communicator of all ranks."""
-    return _communicator(_ranks())
+def world_comm(request: pytest.FixtureRequest) -> Iterator[mpidl.Communicator]:
+    """A communicator of all ranks that do not serve."""
+    yield from _with_servers(_communicator(_ranks()), getattr(request, "param", 0))
+
+
+def _with_servers(whole: mpidl.Communicator, servers: int) -> Iterator[mpidl.Communicator]:
+    """Gives the workers their communicator; the last ranks serve meanwhile, as they do in `mpidl.world(servers=k)`."""
+    if not servers:
+        yield whole
+        return
+    from mpidl.communicator import split_servers
+
+    made = split_servers(whole.topology.duplicate("ranks of a test with servers"), servers)
+    if made is None:
+        pytest.skip(OUTSIDE)
+    yield made
+    made.free()
 
 
 def _communicator(size: int) -> mpidl.Communicator:

@@ -13,6 +13,8 @@ import mpidl
 from mpidl import runtime
 
 BOTH = [mpidl.Downpour, mpidl.AGN]
+SIZES = (1, 2, 3, 4, (1, 1), (3, 1), (2, 2))
+SERVERS = (0, 1, 2)
 
 
 def run(kind, comm, window, steps, optimizer_of, dtype=torch.float64):
@@ -200,9 +202,8 @@ def test_workers_of_unequal_speed_never_wait_and_finish_cleanly_50_times(world_c
     window until the next faster one has taken all its steps, so that one who waited for a slower one would never end.
     """
     comm, world = world_comm, runtime.mpi().COMM_WORLD
-    assert comm.size == 4
     window, steps, word = 3, 12, np.empty(1, np.int64)
-    for number in range(50):
+    for number in range(10 if comm.servers else 50):
         model = Slope(comm.rank)
         optimizer = kind(torch.optim.SGD(model.parameters(), lr=1.0), model, communication_window=window, comm=comm)
         faster_is_done = world.Irecv(word, comm.rank - 1, tag=number) if comm.rank else None

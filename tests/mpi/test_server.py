@@ -1,27 +1,35 @@
-"""The one-sided server loses nothing: exact integers under contention, exact clocks, exact staleness."""
+"""The one-sided server loses nothing: exact integers under contention, exact clocks, exact staleness.
+
+Shards lie on the workers, or on ranks that only serve.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import weakref
 
 import numpy as np
 import pytest
 
+import mpidl
 from mpidl.parameter_server.server import Server
 from mpidl.parameter_server.sharding import shard
+from mpidl.processes import Process
 from mpidl.topology import Topology
 from mpidl.window import Window
 
 RANKS = (4, 8)
-ROUNDS = 1000
+SERVERS = (0, 1, 2)
+SIZES = (1, 3, 4, 8, (1, 1), (2, 2), (6, 2))
+ROUNDS = int(os.environ.get("MPIDL_TESTS_ROUNDS", "1000"))
 ELEMENTS = 1003  # shards of unequal size, on every number of ranks
 
 
 def server_on(comm, initial=None):
     ranks: Topology = comm.topology.duplicate("test of the server")
-    return ranks, Server(ranks, np.zeros(ELEMENTS) if initial is None else initial, "test")
+    return ranks, Server(ranks, np.zeros(ELEMENTS) if initial is None else initial, "test", comm.service)
 
 
 def close(ranks, server):
@@ -35,7 +43,7 @@ def test_committed_integers_add_up_exactly_a_thousand_times(world_comm):
     ranks, server = server_on(comm)
     ramp, out = np.arange(ELEMENTS, dtype=float), np.empty(ELEMENTS)
     expected = np.zeros(ELEMENTS)
-    for number in range(ROUNDS):
+    for number in range(ROUNDS // (4 if comm.servers else 1)):
         for part in range(2):
             server.commit(ramp * (comm.rank + 1) + number % 7 + part)
         expected += 2 * ramp * sum(r + 1 for r in range(comm.size)) + comm.size * (2 * (number % 7) + 1)
@@ -55,7 +63,7 @@ def test_commit_numbers_and_clocks_while_all_run_free(world_comm):
     for _ in range(150):
         numbers.append(server.commit(np.ones(ELEMENTS)))
         clock = server.pull(out)
-        begun = server.clock._window.fetch_add(0, 0, 0)
+        begun = server.clock._window.fetch_add(server.clock._home, 0, 0)
         assert clock <= out.min() and out.max() <= begun, (clock, out.min(), out.max(), begun)
         assert clock >= len(numbers)  # this rank's own commits have landed
     everyone = comm.allgather(np.array(numbers)).ravel()
@@ -101,6 +109,8 @@ def test_staleness_of_free_runners_is_recorded(world_comm, capsys):
 def test_commits_land_while_their_target_sleeps(world_comm):
     """The owner of a shard that makes no MPI call for a while holds nobody up: it need not serve."""
     comm = world_comm
+    if comm.servers:
+        return  # no shard on rank 0
     ranks, server = server_on(comm)
     ranks.barrier("start together")
     started, slowest = time.monotonic(), 0.0
@@ -116,6 +126,22 @@ def test_commits_land_while_their_target_sleeps(world_comm):
     out = np.empty(ELEMENTS)
     server.pull(out)
     assert (out == 20 * (comm.size - 1)).all()
+    close(ranks, server)
+
+
+def test_a_rank_that_has_died_is_named_between_exchanges(world_comm):
+    comm = world_comm
+    ranks, server = server_on(comm)
+    channel, processes = server._ranks.channel, server._ranks.placement.processes
+    server.look()
+    channel.know((*processes[:-1], Process(pid=os.getpid(), start=1, visible=True)))  # as if the last had died
+    last = len(processes) - 1
+    with pytest.raises(mpidl.RankFailedError, match=rf"test cannot go on \(.* lies on .*\): rank {last} has died"):
+        for _ in range(100):
+            server.look()
+            time.sleep(0.05)
+    channel.know(processes)
+    comm.barrier()
     close(ranks, server)
 
 
@@ -138,6 +164,48 @@ def test_shards_cover_everything_once():
             assert covered[0] == 0 and covered[-1] == count and len(parts) == owners
             assert all(a.start + a.count == b.start for a, b in itertools.pairwise(parts))
             assert [part.owner for part in parts] == list(range(owners))
+            moved = shard(count, owners, first=5)
+            assert [(p.owner - 5, p.start, p.count) for p in moved] == [(p.owner, p.start, p.count) for p in parts]
+
+
+def test_the_center_lies_on_the_servers_only_and_evenly(world_comm):
+    comm = world_comm
+    ranks, server = server_on(comm, np.arange(64 * 40.0))
+    held = {part.owner: part.count for part in server._order}
+    owners = range(comm.size, comm.size + comm.servers) if comm.servers else range(comm.size)
+    assert held == dict.fromkeys(owners, 64 * 40 // len(owners))
+    assert server.clock._home == owners[0]
+    assert server._ranks.size == comm.size + comm.servers
+    out = np.empty(64 * 40)
+    assert server.pull(out) == 0
+    assert np.array_equal(out, np.arange(64 * 40.0))  # there before the constructor returns, on every worker
+    close(ranks, server)
+
+
+def test_several_centers_at_once_and_in_turn(world_comm):
+    """They close in another order than they opened, and one opens in between."""
+    comm = world_comm
+
+    def committed(server, times):
+        ranks.barrier("test")
+        out = np.empty(ELEMENTS)
+        assert server.pull(out) == times * comm.size and (out == times * total).all()
+        ranks.barrier("test")
+
+    ranks, total = comm.topology.duplicate("test"), sum(r + 1 for r in range(comm.size))
+    one, two = (Server(ranks, np.zeros(ELEMENTS), name, comm.service) for name in ("one", "two"))
+    mine = np.full(ELEMENTS, comm.rank + 1.0)
+    one.commit(mine), two.commit(mine), two.commit(mine)
+    committed(one, 1), committed(two, 2)
+    one.close()
+    three = Server(ranks, np.zeros(ELEMENTS), "three", comm.service)
+    three.commit(mine), two.commit(mine)
+    committed(two, 3), committed(three, 1)
+    two.close()
+    three.commit(mine)
+    committed(three, 2)
+    three.close()
+    ranks.free()
 
 
 def test_what_mpi_may_still_read_stays_alive_until_the_flush(comm):

@@ -108,7 +108,9 @@ class Run:
 
     def section(self, name: str) -> str:
         """The report of one launch, from its headline to the next one's, or to what follows the last."""
-        return re.split(r"\n(?:_{3,}|={3,}) (?:test_|slowest|inside|short)", self.printed.partition(f"__ {name} __")[2])[0]
+        return re.split(
+            r"\n(?:_{3,}|={3,}) (?:test_|slowest|inside|short)", self.printed.partition(f"__ {name} __")[2]
+        )[0]
 
 
 def planted(folder: Path, **files: str) -> Run:

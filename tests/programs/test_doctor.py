@@ -9,6 +9,9 @@ import sys
 import pytest
 from launching import MPIDL, environment_for_tests, run_ranks
 
+from mpidl import _native
+from mpidl.cli.launcher import slurm_plugin
+
 SUBJECTS = [
     "MPI",
     "thread level",
@@ -19,6 +22,8 @@ SUBJECTS = [
     "extension",
     "one-sided MPI",
 ]
+SPEED = "speed in a node"  # of two ranks or more
+BETWEEN = ["one-sided between nodes", "speed between nodes"]  # of two nodes or more
 DOCTOR = [MPIDL, "doctor"]
 
 
@@ -34,14 +39,36 @@ def lines(text: str) -> dict[str, str]:
 def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
     result = run_ranks(ranks, DOCTOR, timeout=120)
     report = lines(result.stdout)
-    assert list(report) == SUBJECTS, result.output
+    assert list(report) == SUBJECTS + [SPEED] * (ranks > 1), result.output
     assert result.returncode == 0
     assert not [line for line in report.values() if line.startswith("FAIL")]
     assert f"{ranks} rank" in report["launcher"]
     assert f"1 x {ranks}" in report["ranks per node"]
     assert f"{ranks} rank(s), right" in report["one-sided MPI"]
+    assert report["extension"].endswith(f"packing works, with {_native.instructions()} instructions")
     crowded = ranks > len(os.sched_getaffinity(0))
     assert report["torch threads"].startswith("WARN" if crowded else "ok")
+
+
+def test_several_nodes_get_lines_of_their_own() -> None:
+    result = run_ranks(3, DOCTOR, timeout=120, env={"MPIDL_NODE_SIZE": "1"})
+    report = lines(result.stdout)
+    assert list(report) == SUBJECTS + BETWEEN, result.output
+    assert result.returncode == 0
+    assert report["ranks per node"].endswith("3 x 1 (nodes x ranks), pretended by MPIDL_NODE_SIZE")
+    assert "64 KiB from each of 2 rank(s), right" in report["one-sided between nodes"]
+    assert " us, " in report["speed between nodes"]
+
+
+def test_ranks_of_srun_that_do_not_find_each_other_are_named_by_the_first_only() -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    first, second = (alone(**step, SLURM_PROCID=rank) for rank in ("0", "1"))
+    assert (first.returncode, second.returncode) == (1, 1)
+    report = lines(first.stdout)
+    assert report["launcher"].startswith("FAIL  launcher: srun --mpi=none started 4 ranks and ")
+    assert f"start with srun --mpi={slurm_plugin()} (in jobs/site.sh: SLURM_MPI_TYPE=" in report["launcher"]
+    assert list(report)[-1] == "launcher"  # the rest would be of single ranks
+    assert second.stdout == ""
 
 
 def alone(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -56,6 +83,12 @@ def test_without_a_launcher_it_names_the_one_that_run_would_use() -> None:
     done = alone()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "`mpidl run` would use" in lines(done.stdout)["launcher"]
+
+
+def test_instructions_that_packing_does_not_have_are_a_failure() -> None:
+    done = alone(MPIDL_INSTRUCTIONS="sse9")
+    assert done.returncode == 1
+    assert "FAIL  extension: MPIDL_INSTRUCTIONS is 'sse9', which is not known: unset it, or set one of" in done.stdout
 
 
 def test_too_many_threads_are_a_warning() -> None:
@@ -78,7 +111,8 @@ def test_a_launcher_of_another_mpi_is_a_failure() -> None:
     done = alone(OMPI_COMM_WORLD_SIZE="4")  # what ranks see whose library does not know their launcher
     assert done.returncode == 1
     assert lines(done.stdout)["launcher"].startswith("FAIL")
-    assert "started 4 ranks and MPI sees 1" in done.stdout
+    assert "started 4 ranks and" in done.stdout
+    assert "sees 1: the launcher belongs to another MPI" in done.stdout
 
 
 def test_what_hangs_is_reported_within_the_time_limit() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from launching import MPIDL, Result, run_ranks
+from safetensors.torch import load_file
 
 from mpidl.training import job as jobs
 
@@ -100,13 +101,14 @@ def held_out(job: jobs.Job, state: dict[str, torch.Tensor]) -> tuple[float, floa
 
 
 def test_the_summary_s_figures_are_those_of_the_checkpoint(run: Run) -> None:
-    checkpoint = torch.load(run.output / "checkpoint.pt", weights_only=True)
-    loss, accuracy = held_out(jobs.load(DIGITS), checkpoint["model"])
+    checkpoint = run.output / run.summary["checkpoint"]
+    loss, accuracy = held_out(jobs.load(DIGITS), load_file(checkpoint / "model.safetensors"))
     assert run.summary["held_out_loss"] == pytest.approx(loss, rel=1e-4)
     assert run.summary["held_out_accuracy"] == pytest.approx(accuracy, abs=1e-6)
     assert run.summary["held_out_samples"] == 360
-    assert (checkpoint["epochs"], checkpoint["algorithm"]) == (run.epochs, run.algorithm)
-    assert set(checkpoint["optimizer"]) == {"state", "param_groups"}
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert (manifest["position"]["epoch"], manifest["run"]["algorithm"]) == (run.epochs, run.algorithm)
+    assert manifest["clock"] == run.summary.get("commits")
 
 
 def test_digits_are_learnt(run: Run) -> None:
@@ -130,7 +132,7 @@ def test_the_summary_says_what_ran(run: Run) -> None:
 def test_metrics_add_up(run: Run) -> None:
     synchronous = run.algorithm == "synchronous"
     names = ["metrics.jsonl"] if synchronous else [f"metrics.{rank}.jsonl" for rank in range(run.ranks)]
-    expected = sorted([*names, "checkpoint.pt", "summary.json"])
+    expected = sorted([*names, "checkpoints", "summary.json"])
     assert sorted(entry.name for entry in run.output.iterdir()) == expected
     records = [run.metrics(name) for name in names]
     assert sum(record["samples"] for lines in records for record in lines) == run.summary["samples"]
@@ -178,7 +180,7 @@ def test_figures_are_means_over_the_samples_of_all_ranks(tmp_path: Path) -> None
 
     torch.manual_seed(7)
     initial = torch.nn.Linear(3, 1)
-    saved = torch.load(output / "checkpoint.pt", weights_only=True)["model"]
+    saved = load_file(output / summary["checkpoint"] / "model.safetensors")
     assert torch.equal(saved["weight"], initial.weight)
     seeds = {tuple(line.split()[1:]) for line in result.stderr.splitlines() if line.startswith("SEED")}
     assert {("0", "7"), ("1", "8"), ("2", "9")} <= seeds

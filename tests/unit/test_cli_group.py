@@ -21,10 +21,11 @@ def test_help_lists_the_commands_with_an_example() -> None:
     status, text = invoke("--help")
     assert status == 0
     assert "mpidl run -n 4 -- mpidl train" in text
-    assert [name for name in ("doctor", "run", "train") if f"\n  {name} " in text] == ["doctor", "run", "train"]
+    for name in ("bench", "doctor", "run", "train"):
+        assert f"\n  {name} " in text
 
 
-@pytest.mark.parametrize("name", ["doctor", "run", "train"])
+@pytest.mark.parametrize("name", ["bench", "doctor", "run", "train"])
 def test_each_command_has_help_with_an_example(name: str) -> None:
     status, text = invoke(name, "--help")
     assert status == 0
@@ -52,13 +53,18 @@ def test_an_unknown_command_is_a_usage_error() -> None:
         ["run", "-n", "2"],
         ["run", "--", "true"],
         ["doctor", "--time-limit", "0"],
+        ["bench", "broadcast"],
+        ["bench", "pack", "--rounds", "0"],
+        ["bench", "report"],
     ],
 )
 def test_bad_arguments_are_refused_before_anything_starts(arguments: list[str]) -> None:
     assert invoke(*arguments)[0] == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["run", "-n", "1", "--", "true"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["bench", "pack", "--help"], ["run", "-n", "1", "--", "true"]]
+)
 def test_neither_torch_nor_mpi_is_imported_for_help_or_run(arguments: list[str]) -> None:
     script = (
         "import sys\n"

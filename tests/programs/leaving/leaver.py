@@ -132,8 +132,35 @@ def downpour(how: str) -> Any:
     return train(mpidl.Downpour, how, 20)
 
 
+def served(how: str) -> Any:
+    """Rank 1 is a worker, rank 2 a server, which gets the signal if HOW is server-SIGNAL; torch would start slowly."""
+    from mpidl.parameter_server.server import Server
+
+    comm = mpidl.world(servers=1)
+    victim = comm.service.whole.placement.processes[2].pid  # type: ignore[union-attr]
+    for name in ("SIGTERM", "SIGINT", "SIGKILL"):
+        WAYS[f"server-{name}"] = lambda number=signal.Signals[name]: os.kill(victim, number)
+    center = Server(comm.topology, np.zeros(1000), "planted", comm.service)
+    began, steps = time.monotonic(), 0
+    while time.monotonic() - began < 20:
+        if steps == 20 and comm.rank == LEAVER:
+            leave(how)
+        center.look()
+        center.commit(np.ones(1000))
+        time.sleep(0.01)
+        steps += 1
+    center.close()
+    return 0
+
+
 def main() -> Any:
-    places = {"plain": plain, "constructor": constructor, "synchronous": synchronous, "downpour": downpour}
+    places = {
+        "plain": plain,
+        "constructor": constructor,
+        "synchronous": synchronous,
+        "downpour": downpour,
+        "served": served,
+    }
     return places[sys.argv[1]](sys.argv[2])
 
 

@@ -1,0 +1,198 @@
+"""Commits to the center variable and pulls from it, by 1, 2, ... workers at once, against the plain one-sided calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpidl import runtime
+from mpidl.benchmarks import targets
+from mpidl.benchmarks.harness import Case, Contender, Field
+from mpidl.benchmarks.ranks import Together
+from mpidl.communicator import Communicator
+from mpidl.parameter_server.downpour import Downpour
+from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.sharding import shard
+
+REFERENCE, RATE = targets.ONE_SIDED, "updates/s"
+_COUNT, _QUICK_COUNT = 25_000_000, 100_000
+_PARAMETERS = 25  # of Downpour's model
+_SCALE = 0.5  # commits are whole numbers after it
+
+
+def fields(ranks: Together, quick: bool) -> Iterator[tuple[Case, AbstractContextManager[Field]]]:
+    for case in cases(ranks.size, quick):
+        yield case, _contenders(ranks, **case.parameters)
+
+
+def cases(ranks: int, quick: bool) -> list[Case]:
+    count = _QUICK_COUNT if quick else _COUNT
+    return [
+        Case(
+            f"{workers} worker{'s' if workers > 1 else ''}",
+            {"workers": workers, "count": count},
+            workers,
+            least_repeats=2,
+        )
+        for workers in range(1, ranks + 1)
+    ]
+
+
+@contextmanager
+def _contenders(ranks: Together, workers: int, count: int) -> Iterator[Field]:
+    """The first `workers` ranks work, the others sit out."""
+    part = ranks.raw.Split(0 if ranks.rank < workers else runtime.mpi().UNDEFINED, ranks.rank)
+    if ranks.rank >= workers:
+        yield Field(None, ())
+        return
+    together = Together(Communicator(part))
+    with ExitStack() as stack:
+        made = [stack.enter_context(way(together, count)) for way in (_server, _downpour, _one_sided)]
+        yield Field(together, [Contender(way.name, way.run, way.check) for way in made])
+    together.free()
+    together.comm.free()
+    part.Free()
+
+
+class _Way:
+    """Commits whole numbers that differ by worker and by place to a center of zeros, and knows what it must be."""
+
+    name = ""
+
+    def __init__(self, workers: Together, count: int) -> None:
+        self._workers = workers
+        self._pattern = np.resize(np.arange(1, 14, dtype=np.float32), count)
+        self._commits = 0
+
+    def run(self) -> None:
+        """Commits once and pulls."""
+        self._commits += 1
+        self.exchange()
+
+    def exchange(self) -> None:
+        raise NotImplementedError
+
+    def center(self) -> np.ndarray[Any, Any]:
+        """Returns a copy of the center as it now is."""
+        raise NotImplementedError
+
+    def check(self) -> str:
+        """Compares the center with the sum of all commits so far, when nobody commits; a collective of the workers."""
+        self.run()
+        commits = self._workers.everywhere(self._commits)  # all have landed: each worker flushed its own
+        total = sum((rank + 1) * number for rank, number in enumerate(commits))
+        wrong = np.flatnonzero(self.center() != self._pattern * np.float32(total))
+        self._workers.barrier()  # nobody commits before all have looked
+        return f"{wrong.size} elements of the center miss a commit or hold too much" if wrong.size else ""
+
+
+class _Server(_Way):
+    """What `Server` does for every algorithm."""
+
+    name = targets.SERVER
+
+    def __init__(self, workers: Together, count: int) -> None:
+        super().__init__(workers, count)
+        self._moved = self._pattern * ((workers.rank + 1) / _SCALE)
+        self._delta, self._pulled = np.empty_like(self._moved), np.zeros_like(self._moved)
+        self.server = Server(workers.comm.topology, np.zeros(count, np.float32), "mpidl bench")
+
+    def exchange(self) -> None:
+        np.multiply(self._moved, np.float32(_SCALE), out=self._delta)
+        self.server.commit(self._delta)
+        self.server.pull(self._pulled)
+
+    def center(self) -> np.ndarray[Any, Any]:
+        self.server.pull(self._pulled)
+        return self._pulled
+
+
+class _OneSided(_Way):
+    """The plain calls on a window that is cut in the same shards."""
+
+    name = targets.ONE_SIDED
+
+    def __init__(self, workers: Together, count: int) -> None:
+        super().__init__(workers, count)
+        self._mpi = runtime.mpi()
+        self._moved = self._pattern * ((workers.rank + 1) / _SCALE)
+        self._delta, self._pulled = np.empty_like(self._moved), np.zeros_like(self._moved)
+        shards = shard(count, workers.size)
+        self._order = shards[workers.rank :] + shards[: workers.rank]
+        own = shards[workers.rank]
+        info = self._mpi.Info.Create({"accumulate_ops": "same_op_no_op"})
+        self.window = self._mpi.Win.Allocate(max(1, own.count) * 4, 4, info, workers.raw)
+        info.Free()
+        np.frombuffer(self.window.tomemory(), np.float32)[:] = 0
+        self.window.Lock_all(self._mpi.MODE_NOCHECK)
+        self.window.Sync()
+        workers.barrier()
+
+    def exchange(self) -> None:
+        np.multiply(self._moved, np.float32(_SCALE), out=self._delta)
+        for part in self._order:
+            piece = [self._delta[part.start : part.start + part.count], self._mpi.FLOAT]
+            self.window.Accumulate(piece, part.owner, (0, part.count, self._mpi.FLOAT), self._mpi.SUM)
+        self.window.Flush_all()
+        self._pull()
+
+    def _pull(self) -> None:
+        for part in self._order:
+            piece = [self._pulled[part.start : part.start + part.count], self._mpi.FLOAT]
+            self.window.Get(piece, part.owner, (0, part.count, self._mpi.FLOAT))
+        self.window.Flush_all()
+
+    def center(self) -> np.ndarray[Any, Any]:
+        self._pull()
+        return self._pulled
+
+
+class _Downpour(_Way):
+    """The whole exchange of an optimiser: a local SGD step, packing, commit, pull, unpacking."""
+
+    name = targets.DOWNPOUR
+
+    def __init__(self, workers: Together, count: int) -> None:
+        super().__init__(workers, count)
+        model = nn.Module()
+        model.weights = nn.ParameterList(nn.Parameter(torch.zeros(count // _PARAMETERS)) for _ in range(_PARAMETERS))
+        for number, weight in enumerate(model.weights):
+            piece = self._pattern[number * weight.numel() : (number + 1) * weight.numel()]
+            weight.grad = torch.from_numpy(piece * -(workers.rank + 1.0)).float()  # the step adds the pattern
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        self.optimizer = Downpour(inner, model, communication_window=1, comm=workers.comm)
+
+    def exchange(self) -> None:
+        self.optimizer.step()
+
+    def center(self) -> np.ndarray[Any, Any]:
+        return np.concatenate([weight.numpy() for weight in self.optimizer.center()[1].values()])
+
+
+@contextmanager
+def _server(workers: Together, count: int) -> Iterator[_Way]:
+    way = _Server(workers, count)
+    yield way
+    way.server.close()
+
+
+@contextmanager
+def _downpour(workers: Together, count: int) -> Iterator[_Way]:
+    way = _Downpour(workers, count)
+    yield way
+    way.optimizer.finish()
+
+
+@contextmanager
+def _one_sided(workers: Together, count: int) -> Iterator[_Way]:
+    way = _OneSided(workers, count)
+    yield way
+    way.window.Flush_all()
+    way.window.Unlock_all()
+    workers.barrier()  # as in mpidl's own windows: without it MPICH may hang
+    way.window.Free()

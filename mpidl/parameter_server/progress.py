@@ -1,0 +1,70 @@
+"""The helper thread that lets MPI serve other nodes while this rank computes.
+
+Within a node both MPIs complete one-sided operations without the target's help. Between nodes, where the network cannot
+do it alone, an operation moves on only when its target enters MPI: so a rank that holds a shard and has workers on
+other nodes keeps a thread that does, now and then, and sleeps in between.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from mpidl import leaving, runtime
+from mpidl.topology import Topology
+
+_TAG = 9  # nothing is sent by it
+_PAUSE = 1e-3  # seconds between two polls
+_said = False
+
+
+def start_progress(ranks: Topology, name: str) -> Progress | None:
+    """Starts the thread if some of `ranks` are on other nodes than this one.
+
+    MPI must allow several threads at once (THREAD_MULTIPLE); where it was started with less, rank 0 says so, once.
+
+    Args:
+        ranks: who can reach what this rank holds; their communicator stays open until the thread has ended.
+        name: for messages.
+    """
+    global _said
+    if ranks.placement.nodes.count(ranks.placement.nodes[ranks.rank]) == ranks.size:
+        return None
+    level = runtime.mpi_description()["thread_level"]
+    if level == "multiple":
+        return Progress(ranks, name)
+    if ranks.rank == 0 and not _said:
+        _said = True
+        leaving.say(
+            f"MPI was started with thread level {level!r}: there is no helper thread, and workers on other nodes may "
+            "have to wait for a rank that computes; import mpidl before mpi4py.MPI, or use an MPI with threads"
+        )
+    return None
+
+
+class Progress:
+    """The thread of one center; it also ends when the main thread has ended, in whatever way."""
+
+    def __init__(self, ranks: Topology, name: str) -> None:
+        mpi = runtime.mpi()
+        # A receive that nothing is ever sent to, tested again and again: an incomplete Test always drives all of MPI's
+        # progress, in both MPIs. An Iprobe does not: over UCX Open MPI then looks after one-sided traffic every
+        # hundredth time only, and of a communicator of one rank MPICH never does.
+        self._request = ranks.data.Irecv([np.empty(1, np.uint8), mpi.BYTE], source=ranks.rank, tag=_TAG)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name=f"mpidl progress of {name}", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Returns when the thread has ended; harmless the second time."""
+        self._end.set()
+        self._thread.join()
+        if self._request is not None:
+            self._request.Cancel()
+            self._request.Wait()
+            self._request = None
+
+    def _poll(self) -> None:
+        while not self._end.wait(_PAUSE) and threading.main_thread().is_alive():
+            self._request.Test()

@@ -1,0 +1,144 @@
+"""Dedicated servers: the last ranks of a communicator hold windows for the others and do nothing else.
+
+The first worker sends each server an order: open these windows, close those, all is over. Then workers and servers
+together make the collectives that the order stands for. What the windows mean is the workers' business: a server never
+touches what lies in them, it only lets MPI act, by looking for the next order again and again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpidl import leaving, runtime, topology
+from mpidl.topology import Topology
+from mpidl.waiting import Lookout
+from mpidl.window import Plan, Window
+
+_TAG = 8
+_LONGEST = 8192  # bytes of an order
+_OPEN, _CLOSE, _END = "open", "close", "end"
+_PAUSE = 1e-2  # seconds between two looks for an order: next to no CPU time,
+_PAUSE_FOR_OTHER_NODES = 1e-3  # and while workers of other nodes may need this rank's help to reach its windows
+
+
+class Service:
+    """The servers as their workers see them.
+
+    Args:
+        whole: workers first, then servers; the servers are in `serve`.
+        servers: how many.
+    """
+
+    def __init__(self, whole: Topology, servers: int) -> None:
+        self.whole = whole
+        self.servers = range(whole.size - servers, whole.size)  # their ranks, in `whole` and in what `open` returns
+        self._numbers: dict[Topology, int] = {}
+        self._opened = 0
+
+    def open(self, name: str, plans: Sequence[Plan]) -> Topology:
+        """Has the servers make windows; the caller must make the same, in this order. A collective of the workers.
+
+        Returns:
+            Workers and servers under a communicator of their own.
+        """
+        windows = {server: [[plan.name, plan.dtype, plan.counts[server]] for plan in plans] for server in self.servers}
+        self._send(lambda server: {"order": _OPEN, "name": name, "windows": windows[server]})
+        ranks = self.whole.duplicate(f"{name} with its servers")
+        self._numbers[ranks] = self._opened
+        self._opened += 1
+        return ranks
+
+    def close(self, ranks: Topology) -> None:
+        """Has the servers close what `open` opened, the last window first, and free `ranks`; the caller must too."""
+        number = self._numbers.pop(ranks)
+        self._send(lambda server: {"order": _CLOSE, "number": number})
+
+    def end(self) -> None:
+        """Lets the servers go; a collective of the workers. Not needed by workers whose programs end well."""
+        self._send(lambda server: {"order": _END})
+        self.whole.free()
+
+    def _send(self, order_for: Callable[[int], dict[str, Any]]) -> None:
+        if self.whole.rank != 0:
+            return
+        mpi, sending = runtime.mpi(), []
+        for server in self.servers:
+            order = np.frombuffer(json.dumps(order_for(server)).encode(), np.uint8)
+            assert order.size <= _LONGEST
+            sending.append((order, self.whole.data.Isend([order, mpi.BYTE], dest=server, tag=_TAG)))
+        requests = [request for _, request in sending]
+        topology.wait_all(self.whole, requests, "an order to the servers", self.whole.channel.sequence, sending)
+
+
+def serve(whole: Topology, workers: int) -> None:
+    """Does what the workers order; returns when they have ended: by `Service.end`, or each by the end of its program.
+
+    Args:
+        whole: workers first, then servers; this rank is a server.
+        workers: how many.
+
+    Raises:
+        RankFailedError: another rank has died.
+    """
+    token = leaving.opened(f"the serving of {workers} worker(s)")
+    _Server(whole, workers).serve()
+    leaving.closed(token)
+
+
+class _Server:
+    """What one server holds."""
+
+    def __init__(self, whole: Topology, workers: int) -> None:
+        self._whole = whole
+        self._workers = range(workers)
+        nodes = whole.placement.nodes
+        self._far = any(nodes[worker] != nodes[whole.rank] for worker in self._workers)
+        self._held: dict[int, tuple[Topology, list[Window]]] = {}
+        self._opened = 0
+        self._lookout = Lookout(whole.channel, "the wait for an order: it serves")
+
+    def serve(self) -> None:
+        while (order := self._next()) is not None:
+            if order["order"] == _OPEN:
+                self._open(order)
+            elif order["order"] == _CLOSE:
+                self._close(order["number"])
+            else:
+                self._whole.free()
+                return
+
+    def _next(self) -> dict[str, Any] | None:
+        """Returns the next order, or None when all workers' programs have ended."""
+        mpi, buffer = runtime.mpi(), np.zeros(_LONGEST, np.uint8)
+        status = mpi.Status()
+        # Tested, not probed for: `parameter_server.progress` says what drives MPI, which is what a server is for.
+        request = self._whole.data.Irecv([buffer, mpi.BYTE], source=0, tag=_TAG)
+        while not request.Test(status):
+            self._lookout.look(f"rank {self._whole.rank}, which serves, has lost others")
+            if all(self._whole.channel.has_left(worker) for worker in self._workers):
+                request.Cancel()
+                request.Wait()
+                return None
+            time.sleep(_PAUSE_FOR_OTHER_NODES if self._held and self._far else _PAUSE)
+        order: dict[str, Any] = json.loads(buffer[: status.Get_count(mpi.BYTE)].tobytes())
+        return order
+
+    def _open(self, order: dict[str, Any]) -> None:
+        ranks = self._whole.duplicate(f"{order['name']} with its servers")
+        windows = []
+        for name, dtype, count in order["windows"]:
+            counts = tuple(count if rank == ranks.rank else 0 for rank in range(ranks.size))
+            windows.append(Plan(name, dtype, counts).make(ranks))
+        self._held[self._opened] = (ranks, windows)
+        self._opened += 1
+
+    def _close(self, number: int) -> None:
+        ranks, windows = self._held.pop(number)
+        for window in reversed(windows):
+            window.close()
+        ranks.free()

@@ -1,0 +1,309 @@
+"""When a run's checkpoints are written, by whom, and what is in them.
+
+Synchronous: all ranks together, at the same step. Each writes what it alone holds, `rank.<rank>.pt`, and rank 0 the
+rest. Asynchronous: nobody waits for anybody. Rank 0 writes the center and its clock to `checkpoints/`, and each worker
+at a commit of its own what it alone holds to `checkpoints/worker.<rank>/`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+import mpidl
+from mpidl import leaving, state
+from mpidl.communicator import Communicator
+from mpidl.errors import ArgumentError
+from mpidl.training.agreement import RefusedError, everywhere
+from mpidl.training.checkpoint import Draft, Entry, Store, encode, encode_tensors
+from mpidl.training.data import Position
+from mpidl.training.randomness import random_state
+from mpidl.training.recording import Recorder
+from mpidl.training.settings import Settings
+from mpidl.training.ways import Shared, Way
+
+MODEL, TRAINING, LOCAL = "model.safetensors", "training.pt", "local.pt"
+
+
+def local_name(rank: int) -> str:
+    """The file of what one rank alone holds, synchronous."""
+    return f"rank.{rank}.pt"
+
+
+def worker_folder(checkpoints: Path, rank: int) -> Path:
+    """The folder of one worker's own checkpoints, asynchronous."""
+    return checkpoints / f"worker.{rank}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is saved: one rank's run under way."""
+
+    settings: Settings
+    identity: Mapping[str, Any]  # settings that a run keeps
+    comm: Communicator
+    checkpoints: Path
+    model: torch.nn.Module
+    way: Way
+    scheduler: LRScheduler | None
+    recorder: Recorder
+    resumed: int  # how often this run has gone on after a stop
+
+    def manifest(self, position: Position, samples: int, clock: int | None = None) -> dict[str, Any]:
+        """What the manifest says besides the files."""
+        return {
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": {
+                "mpidl": mpidl.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "world": {"ranks": self.comm.size, "nodes": list(self.comm.topology.placement.nodes)},
+            "run": dict(self.identity),
+            "position": asdict(position),
+            "steps": self.recorder.steps,
+            "samples": samples,
+            "seconds": self.recorder.seconds,
+            "clock": clock,
+            "resumed": self.resumed,
+        }
+
+    def optimizer(self) -> dict[str, Any]:
+        """State of optimiser and scheduler."""
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.way.optimizer.state_dict(), "scheduler": scheduler}
+
+    def local(self) -> dict[str, Any]:
+        """What this rank alone holds. Buffers (BatchNorm statistics) differ between ranks while they train."""
+        statistics = dict(vars(self.way.optimizer.statistics))
+        return {
+            "random": random_state(),
+            "buffers": {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()},
+            "statistics": {k: dict(v) if isinstance(v, Mapping) else v for k, v in statistics.items()},
+        }
+
+
+class Timer:
+    """Tells when so many seconds have passed; never if None."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self.start()
+
+    def start(self) -> None:
+        """Counts from now."""
+        self._started = time.monotonic()
+
+    def rings(self) -> bool:
+        """Returns whether the time is over."""
+        return self._seconds is not None and time.monotonic() - self._started >= self._seconds
+
+
+class Saver(Protocol):
+    """Told by the loop where it stands; writes a checkpoint when it is time."""
+
+    failed: bool  # the newest could not be written
+
+    def after_step(self, position: Position) -> None:
+        """Called within an epoch."""
+
+    def after_epoch(self, position: Position) -> None:
+        """Called at the end of an epoch, the scheduler stepped."""
+
+    def before_finish(self, position: Position) -> None:
+        """Called when the loop has ended, before the optimiser's `finish()`."""
+
+    def after_finish(self, position: Position) -> None:
+        """Called after it."""
+
+
+class SynchronousSaver:
+    """All ranks write one checkpoint together, at the end of each epoch and where they agreed to stop.
+
+    With --checkpoint-every, also where they agreed in a record of metrics that it is time.
+
+    Args:
+        number: of the next checkpoint; equal on all ranks.
+    """
+
+    def __init__(self, subject: Subject, number: int) -> None:
+        self._subject, self._number = subject, number
+        self._saved = subject.recorder.steps
+        self._timer = Timer(subject.settings.checkpoint_every if subject.comm.rank == 0 else None)
+        self.failed = False
+
+    def after_step(self, position: Position) -> None:
+        """A wish of rank 0 travels with the next record; until then the others do not know it."""
+        way = self._subject.way
+        if way.due and self._subject.recorder.just_recorded:
+            self._save(position)
+        elif self._timer.rings():
+            way.due = True
+
+    def after_epoch(self, position: Position) -> None:
+        self._save(position)
+
+    def before_finish(self, position: Position) -> None:
+        """What `finish()` does to the buffers must not be in the checkpoint: the run may go on from it."""
+        if self._subject.recorder.steps != self._saved:
+            self._save(position)
+
+    def after_finish(self, position: Position) -> None:
+        """Everything is saved."""
+
+    def _save(self, position: Position) -> None:
+        """A collective. What cannot be written leaves the checkpoint before it, and training goes on."""
+        self._subject.way.due = False
+        self._timer.start()
+        comm, draft = self._subject.comm, Draft(self._subject.checkpoints, self._number)
+        try:
+            _on_rank_0(comm, draft.create)
+            samples, entries = self._write(draft)
+            _on_rank_0(comm, lambda: draft.commit(self._subject.manifest(position, samples), entries))
+        except RefusedError as error:
+            self.failed = True
+            if comm.rank == 0:
+                draft.drop()
+                leaving.say(f"checkpoint {self._number} could not be written, the one before it stays: {error}")
+            return
+        self._number, self._saved, self.failed = self._number + 1, self._subject.recorder.steps, False
+        if comm.rank == 0:
+            Store(self._subject.checkpoints).keep(self._subject.settings.keep)
+
+    def _write(self, draft: Draft) -> tuple[int, dict[str, Entry]]:
+        """Writes every rank's files; returns the samples of all ranks and what the manifest says of all files."""
+        subject, comm = self._subject, self._subject.comm
+        local = subject.local()
+        state.average_buffers(comm.topology, subject.model)  # in the model that is saved, as at `finish()`
+        try:
+            mine = everywhere(comm, lambda: _refusing(lambda: self._files(draft, local)))
+        finally:
+            with torch.no_grad():
+                for name, buffer in subject.model.named_buffers():
+                    buffer.copy_(local["buffers"][name])
+        words = {"samples": subject.recorder.samples, "files": {name: asdict(entry) for name, entry in mine.items()}}
+        gathered = comm.topology.gather_bytes(json.dumps(words).encode(), "writing a checkpoint")
+        everyone = [json.loads(text) for text in gathered]
+        entries = {name: Entry(**entry) for each in everyone for name, entry in each["files"].items()}
+        return sum(each["samples"] for each in everyone), entries
+
+    def _files(self, draft: Draft, local: Mapping[str, Any]) -> dict[str, Entry]:
+        rank = self._subject.comm.rank
+        entries = {local_name(rank): draft.add(local_name(rank), encode(local))}
+        if rank == 0:
+            entries |= _add_shared(draft, self._subject.way.shared(), self._subject.optimizer())
+        return entries
+
+
+class AsynchronousSaver:
+    """Each worker writes for itself, at its first commit after it is time or an epoch has ended, and at the end.
+
+    Args:
+        number: of this worker's next checkpoint.
+        shared_number: of the next checkpoint of the center; used on rank 0 only.
+        clock: commits in the newest checkpoint of the center, None if there is none.
+    """
+
+    def __init__(self, subject: Subject, number: int, shared_number: int, clock: int | None) -> None:
+        self._subject, self._number, self._shared_number = subject, number, shared_number
+        self._saved, self._saved_clock = subject.recorder.steps, clock
+        self._timer = Timer(subject.settings.checkpoint_every)
+        self.failed = False
+        self._local: dict[str, Any] = {}
+
+    def after_step(self, position: Position) -> None:
+        """Between two windows a worker holds nothing of its own but optimiser, buffers and random numbers."""
+        way = self._subject.way
+        if (way.due or self._timer.rings()) and way.optimizer.exchanged:
+            way.due = False
+            self._timer.start()
+            self._local = self._captured()
+            self._save(position)
+
+    def after_epoch(self, position: Position) -> None:
+        if position.epoch < self._subject.settings.epochs:
+            self._subject.way.due = True
+            self.after_step(position)
+
+    def before_finish(self, position: Position) -> None:
+        """Keeps this worker's own state: `finish()` makes the buffers everybody's."""
+        self._local = self._captured()
+
+    def after_finish(self, position: Position) -> None:
+        self._save(position)
+
+    def _captured(self) -> dict[str, Any]:
+        return {**self._subject.local(), **self._subject.optimizer()}
+
+    def _save(self, position: Position) -> None:
+        """No collective. What cannot be written leaves the checkpoint before it, and training goes on."""
+        subject, rank = self._subject, self._subject.comm.rank
+        try:
+            if subject.recorder.steps != self._saved:
+                self._save_local(position)
+            if rank == 0:  # afterwards: where a center is, at least this worker's state is
+                self._save_shared(position)
+            self.failed = False
+        except OSError as error:
+            self.failed = True
+            leaving.say(f"rank {rank}: a checkpoint could not be written, the one before it stays: {error}")
+
+    def _save_local(self, position: Position) -> None:
+        subject = self._subject
+        store = Store(worker_folder(subject.checkpoints, subject.comm.rank))
+        draft = Draft(store.path, self._number)
+        samples = subject.recorder.samples
+        _write(draft, lambda: {LOCAL: draft.add(LOCAL, encode(self._local))}, subject.manifest(position, samples))
+        self._number, self._saved = self._number + 1, subject.recorder.steps
+        store.keep(subject.settings.keep)
+
+    def _save_shared(self, position: Position) -> None:
+        subject = self._subject
+        shared = subject.way.shared()
+        if shared.clock == self._saved_clock:
+            return
+        draft = Draft(subject.checkpoints, self._shared_number)
+        manifest = subject.manifest(position, subject.recorder.samples, shared.clock)
+        _write(draft, lambda: _add_shared(draft, shared, {"center": shared.center}), manifest)
+        self._shared_number, self._saved_clock = self._shared_number + 1, shared.clock
+        Store(subject.checkpoints).keep(subject.settings.keep)
+
+
+def _add_shared(draft: Draft, shared: Shared, training: Mapping[str, Any]) -> dict[str, Entry]:
+    """Writes the model, and beside it what is no tensor in its state and `training`."""
+    tensors = {name: value for name, value in shared.model.items() if isinstance(value, torch.Tensor)}
+    others = {name: value for name, value in shared.model.items() if name not in tensors}
+    return {
+        MODEL: draft.add(MODEL, encode_tensors(tensors)),
+        TRAINING: draft.add(TRAINING, encode({**training, "others": others})),
+    }
+
+
+def _write(draft: Draft, files: Callable[[], dict[str, Entry]], manifest: Mapping[str, Any]) -> None:
+    """Writes a whole checkpoint by this rank alone."""
+    try:
+        draft.create()
+        draft.commit(manifest, files())
+    except OSError:
+        draft.drop()
+        raise
+
+
+def _on_rank_0(comm: Communicator, phase: Callable[[], None]) -> None:
+    everywhere(comm, lambda: _refusing(phase) if comm.rank == 0 else None)
+
+
+def _refusing(phase: Callable[[], Any]) -> Any:
+    """What the system refuses needs no traceback: a full disk, a folder without rights."""
+    try:
+        return phase()
+    except OSError as error:
+        raise ArgumentError(str(error)) from error

@@ -1,0 +1,96 @@
+"""The contenders of `mpidl bench` inside ranks: they are right, and would be found out if they were not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mpidl
+from mpidl.benchmarks import allreduce, parameter_server, targets, training
+from mpidl.benchmarks.harness import Case, Contender, Plan, measure
+from mpidl.benchmarks.ranks import Together
+from mpidl.parameter_server.server import Server
+from mpidl.reducer import Reducer
+
+RANKS = (2,)
+
+
+@pytest.fixture
+def ranks(world_comm: mpidl.Communicator) -> Iterator[Together]:
+    together = Together(world_comm)
+    yield together
+    together.free()
+
+
+def complaints(ranks: Together, benchmark: Any) -> dict[str, str]:
+    """Runs each contender of the last quick case once between two checks; returns what this rank finds wrong."""
+    found: dict[str, str] = {}
+    last = benchmark.cases(ranks.size, True)[-1]
+    for case, prepared in benchmark.fields(ranks, True):
+        if case != last:
+            continue
+        with prepared as field:
+            for one in field.contenders:
+                before = one.check()
+                one.run()
+                found[one.name] = one.check() or before
+    return found
+
+
+def test_sums_are_right_and_gloo_s_too(ranks: Together) -> None:
+    assert complaints(ranks, allreduce) == {targets.OURS: "", targets.MPI: "", targets.MEMCPY: "", targets.GLOO: ""}
+
+
+def test_an_allreduce_that_never_sends_is_found(ranks: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.comm, "allreduce", lambda x, out: np.multiply(x, ranks.size, out=out))
+    assert "expected" in complaints(ranks, allreduce)[targets.OURS]
+
+
+def test_gradients_are_right(ranks: Together) -> None:
+    assert complaints(ranks, training) == {targets.INDEPENDENT: "", targets.SYNCHRONOUS: "", targets.DDP: ""}
+
+
+def test_gradients_that_were_never_reduced_are_found(ranks: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reducer, "_write_back", lambda *_: None)
+    found = complaints(ranks, training)
+    assert "gradients are wrong" in found.pop(targets.SYNCHRONOUS)
+    assert set(found.values()) == {""}
+
+
+def test_no_commit_is_missing(ranks: Together) -> None:
+    assert complaints(ranks, parameter_server) == {targets.SERVER: "", targets.DOWNPOUR: "", targets.ONE_SIDED: ""}
+
+
+def test_a_lost_commit_is_found(ranks: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, calls = Server.commit, []
+
+    def lossy(self: Server, delta: Any, *rest: Any) -> Any:
+        calls.append(1)
+        return commit(self, delta if len(calls) != 2 or ranks.rank else np.zeros_like(delta), *rest)
+
+    monkeypatch.setattr(Server, "commit", lossy)
+    assert "miss a commit" in complaints(ranks, parameter_server)[targets.SERVER]
+
+
+def test_ranks_that_sit_out_do_not_disturb(ranks: Together) -> None:
+    with next(iter(parameter_server.fields(ranks, True)))[1] as field:
+        assert (field.ranks is None) == (ranks.rank == 1)
+        assert [one.check() for one in field.contenders] == ([""] * 3 if ranks.rank == 0 else [])
+    ranks.rest()
+
+
+def test_the_slowest_rank_s_time_is_everybody_s(ranks: Together) -> None:
+    sleep: Callable[[], None] = lambda: time.sleep(0.05 * ranks.rank)  # noqa: E731
+    (series,) = measure(Case("case", {}, 1.0), [Contender("c", sleep, lambda: "")], ranks, Plan(1, 3, 0.0))
+    assert min(series.seconds) >= 0.05
+    assert len(set(map(str, ranks.everywhere(series.seconds)))) == 1
+
+
+def test_a_wrong_result_on_one_rank_is_a_failure_on_all(ranks: Together) -> None:
+    wrong = Contender("c", lambda: None, lambda: "torn" * ranks.rank)
+    (series,) = measure(Case("case", {}, 1.0), [wrong], ranks, Plan(1, 3, 0.0))
+    assert (series.complaint, series.seconds) == ("rank 1: torn", [])

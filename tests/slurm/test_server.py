@@ -1,0 +1,43 @@
+"""The one-sided server on two nodes: tests/mpi/test_server.py in the ranks that srun starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from bed import FOLDER
+from bed import RANKS as RANKS_VARIABLE
+from slurm_cluster import ROOT, TIME_LIMIT, Cluster
+
+from mpidl.cli.launcher import slurm_plugin
+
+pytestmark = pytest.mark.slurm
+RANKS = 4
+COUNTING = [
+    "test_committed_integers_add_up_exactly_a_thousand_times",
+    "test_commit_numbers_and_clocks_while_all_run_free",
+    "test_staleness_with_a_token_is_exactly_n_minus_1",
+    "test_staleness_of_free_runners_is_recorded",
+]
+
+
+def test_counting_and_staleness_are_exact_across_nodes(cluster: Cluster) -> None:
+    folder = cluster.folder / "server"  # a node's own /tmp would not do
+    folder.mkdir()
+    ranks = ["srun", f"--mpi={slurm_plugin()}", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
+    program = ["python", str(ROOT / "tests" / "rank_main.py"), str(ROOT / "tests" / "mpi" / "test_server.py")]
+    env = {FOLDER: str(folder), RANKS_VARIABLE: str(RANKS), "MPIDL_TESTS_LIMIT": str(TIME_LIMIT)}
+    done = cluster.run([*ranks, *program, "-k", " or ".join(COUNTING)], env={**env, "MPIDL_TESTS_ROUNDS": "100"})
+    assert done.returncode == 0, done.stdout + done.stderr + report(folder)
+    for rank in range(RANKS):
+        lines = [json.loads(line) for line in (folder / f"{rank}.jsonl").read_text().splitlines()]
+        passed = [line["test"] for line in lines if line.get("outcome") == "passed"]
+        assert {name.rpartition("::")[2].partition("[")[0] for name in passed} == set(COUNTING), report(folder)
+        assert lines[-1] == {"exit": 0}
+
+
+def report(folder: Path) -> str:
+    """What the ranks wrote about failed tests, or last printed."""
+    found = sorted(folder.glob("*.failure")) or sorted(folder.glob("*.log"))
+    return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in found)
