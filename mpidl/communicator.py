@@ -9,9 +9,9 @@ from collections import deque
 from typing import Any
 
 from mpidl import leaving, operations, runtime, topology
-from mpidl.errors import ArgumentError, ClosedError, MismatchError
+from mpidl.errors import ArgumentError, ClosedError
 from mpidl.operations import Steps
-from mpidl.service import Service, serve
+from mpidl.service import Service, agree_on_servers, serve
 from mpidl.topology import Topology
 from mpidl.waiting import Watch
 
@@ -22,21 +22,20 @@ _served = False  # this rank was a server, and its workers have ended
 def world(servers: int | None = None) -> Communicator:
     """Returns the communicator of all ranks that the launcher started; the first call starts MPI.
 
-    With `servers=k` the last k ranks serve the others inside this call, and their programs end in it, with status 0,
-    when all others have ended; what stands after it is never run there. On the others the communicator holds the
-    workers only. Servers hold the shards of the asynchronous optimisers; `Synchronous` does not use them.
+    With `servers=k` the last k ranks hold the shards of the asynchronous optimisers inside this call; their programs
+    end in it, with status 0, when all others have ended. On the others the communicator holds these workers only.
 
-    The first call is a collective over all ranks: it duplicates MPI.COMM_WORLD, finds out which ranks share a node, and
-    gives torch this rank's fair part of the cores. Later calls return the same object.
+    The first call is a collective over all ranks: it duplicates MPI.COMM_WORLD, finds out which ranks share a node,
+    and gives torch this rank's fair part of the cores. Later calls return the same object.
 
     Args:
-        servers: how many of the last ranks only serve, from 0 to the number of ranks less one. 0: every rank works
-            and holds shards. None: as the first call said; 0 if this is the first.
+        servers: 0 (every rank works and holds shards) to the number of ranks less one. None: as the first call said,
+            or 0.
 
     Raises:
         ArgumentError: `servers` is no such number, or an earlier call said another.
-        MismatchError: the ranks asked for different numbers of servers.
-        ClosedError: this rank was a server, and goes on although its work is done.
+        MismatchError: it differs between ranks.
+        ClosedError: this rank was a server, and its work is done.
         ForkedError: called in a child process.
         NoMPIError: no MPI library was found.
         SystemExit: on a server, when its work is done.
@@ -47,7 +46,7 @@ def world(servers: int | None = None) -> Communicator:
         raise ClosedError("world: this rank served, and its workers have ended")
     if _world is None:
         whole = topology.start_world()
-        _agree_on_servers(whole, 0 if servers is None else servers)
+        agree_on_servers(whole, 0 if servers is None else servers)
         made = split_servers(whole, servers or 0)
         if made is None:
             _served = True
@@ -59,22 +58,6 @@ def world(servers: int | None = None) -> Communicator:
     return _world
 
 
-def _agree_on_servers(whole: Topology, servers: int) -> None:
-    """Refuses alike on every rank what cannot be, or is not the same everywhere; a collective."""
-    found = [text.decode() for text in whole.gather_bytes(repr(servers).encode(), "agreeing on servers")]
-    error: ArgumentError | MismatchError | None = None
-    if len(set(found)) > 1:
-        error = MismatchError(f"world: servers differs between ranks: {operations.disagreement(found)}")
-    elif type(servers) is not int or not 0 <= servers < whole.size:
-        error = ArgumentError(
-            f"servers={servers!r}: expected a whole number from 0 to {whole.size - 1}, so that of {whole.size} rank(s) "
-            "one at least works"
-        )
-    if error is not None:
-        whole.free()
-        raise error
-
-
 def split_servers(whole: Topology, servers: int) -> Communicator | None:
     """Makes the last ranks of `whole` servers of the others; a collective.
 
@@ -82,11 +65,11 @@ def split_servers(whole: Topology, servers: int) -> Communicator | None:
         The workers' communicator; on a server None, when the workers have ended.
     """
     workers = whole.size - servers
+    if servers == 0:
+        return Communicator._over(whole)
     if whole.rank >= workers:
         serve(whole, workers)
         return None
-    if servers == 0:
-        return Communicator._over(whole)
     return Communicator._over(whole.subset(tuple(range(workers)), whole.name, 0), Service(whole, servers))
 
 
@@ -127,7 +110,7 @@ class Communicator:
 
     def _set_up(self, ranks: Topology, service: Service | None = None) -> None:
         self._topology = ranks
-        self._service = service
+        self.service = service  # how the floors above reach the servers
         self.servers = len(service.servers) if service is not None else 0
         self._queue: deque[Request] = deque()
         self.rank, self.size = ranks.rank, ranks.size
@@ -148,11 +131,6 @@ class Communicator:
     def topology(self) -> Topology:
         """The ranks as the floors above this one use them."""
         return self._topology
-
-    @property
-    def service(self) -> Service | None:
-        """The servers of these ranks, if there are any."""
-        return self._service
 
     def allreduce(self, x: Any, op: str = "sum", out: Any = None) -> Any:
         """Reduces the arrays of all ranks element by element and returns the result on every rank.
@@ -226,8 +204,8 @@ class Communicator:
         for part in self._parts:
             part.free()
         self._topology.free()
-        if self._service is not None:
-            self._service.end()
+        if self.service is not None:
+            self.service.end()
 
     def __repr__(self) -> str:
         return f"<mpidl.Communicator {self._topology.name}: rank {self.rank} of {self.size}, nodes {self.nodes}>"

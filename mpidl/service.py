@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import leaving, runtime, topology
+from mpidl import leaving, operations, runtime, topology
+from mpidl.errors import ArgumentError, MismatchError
 from mpidl.topology import Topology
 from mpidl.waiting import Lookout
 from mpidl.window import Plan, Window
@@ -73,6 +74,22 @@ class Service:
             sending.append((order, self.whole.data.Isend([order, mpi.BYTE], dest=server, tag=_TAG)))
         requests = [request for _, request in sending]
         topology.wait_all(self.whole, requests, "an order to the servers", self.whole.channel.sequence, sending)
+
+
+def agree_on_servers(whole: Topology, servers: int) -> None:
+    """Refuses alike on every rank what cannot be, or is not the same everywhere; a collective."""
+    found = [text.decode() for text in whole.gather_bytes(repr(servers).encode(), "agreeing on servers")]
+    error: ArgumentError | MismatchError | None = None
+    if len(set(found)) > 1:
+        error = MismatchError(f"world: servers differs between ranks: {operations.disagreement(found)}")
+    elif type(servers) is not int or not 0 <= servers < whole.size:
+        error = ArgumentError(
+            f"servers={servers!r}: expected a whole number from 0 to {whole.size - 1}, so that of {whole.size} rank(s) "
+            "one at least works"
+        )
+    if error is not None:
+        whole.free()
+        raise error
 
 
 def serve(whole: Topology, workers: int) -> None:

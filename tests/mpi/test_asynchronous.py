@@ -15,6 +15,7 @@ from mpidl import runtime
 BOTH = [mpidl.Downpour, mpidl.AGN]
 SIZES = (1, 2, 3, 4, (1, 1), (3, 1), (2, 2))
 SERVERS = (0, 1, 2)
+TIME_LIMIT = 600
 
 
 def run(kind, comm, window, steps, optimizer_of, dtype=torch.float64):

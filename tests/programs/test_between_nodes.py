@@ -1,0 +1,107 @@
+"""One-sided traffic between nodes: it goes on while its target computes, by a helper thread or a server that polls."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import Result, run_ranks
+
+LIMIT = 10.0  # seconds from the leaving of one rank to the end of all
+
+
+def run_text(text: str, ranks: int, folder: Path, **env: str) -> Result:
+    file = folder / "program.py"
+    file.write_text(text)
+    return run_ranks(ranks, [sys.executable, str(file)], timeout=120, env=env)
+
+
+# MPICH can be made to treat every rank as a node of its own, over TCP, where a target must help.
+APART = {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self"}
+on_mpich = pytest.mark.skipif(
+    Path(sys.executable).with_name("ompi_info").exists(), reason="Open MPI uses shared memory wherever it finds it"
+)
+
+OUTSIDE_MPI = """
+import sys, time
+from pathlib import Path
+import numpy as np, mpidl
+from mpidl.parameter_server.server import Server
+comm, done = mpidl.world(servers=int(sys.argv[1])), Path(sys.argv[2])
+assert comm.nodes == comm.size
+server = Server(comm.topology, np.zeros(1000), "planted", comm.service)
+comm.barrier()
+deadline = time.monotonic() + 30
+if comm.rank == 0:
+    for _ in range(10):
+        server.commit(np.ones(1000))
+    done.touch()
+while not done.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)  # rank 1 computes, and makes no MPI call
+if comm.rank == 1:
+    print("commits landed meanwhile:", done.exists(), flush=True)
+comm.barrier()
+out = np.empty(1000)
+assert server.pull(out) == 10 and (out == 10).all()
+comm.barrier()
+server.close()
+"""
+
+
+@on_mpich
+@pytest.mark.parametrize("servers", [0, 1])
+def test_commits_from_other_nodes_land_while_a_rank_computes(tmp_path: Path, servers: int) -> None:
+    """Rank 1 holds a shard, which its helper thread lets MPI serve; or a server holds all, and polls."""
+    file = tmp_path / "program.py"
+    file.write_text(OUTSIDE_MPI)
+    program = [sys.executable, str(file), str(servers), str(tmp_path / "done")]
+    result = run_ranks(2 + servers, program, timeout=120, env=APART)
+    assert result.returncode == 0, result.output
+    assert "commits landed meanwhile: True" in result.stdout, result.output
+
+
+FEWER_THREADS = """
+import mpi4py
+mpi4py.rc.thread_level = "serialized"
+from mpi4py import MPI
+import threading, numpy as np, mpidl
+from mpidl.parameter_server.server import Server
+comm = mpidl.world()
+for _ in range(2):
+    server = Server(comm.topology, np.zeros(1000), "planted")
+    assert threading.active_count() == 1
+    server.close()
+"""
+
+
+def test_without_threads_in_mpi_there_is_no_helper_and_it_is_said_once(tmp_path: Path) -> None:
+    result = run_text(FEWER_THREADS, 2, tmp_path, MPIDL_NODE_SIZE="1")
+    assert result.returncode == 0, result.output
+    assert result.stderr.count("mpidl: MPI was started with thread level 'serialized': there is no helper") == 1
+
+
+FAILS = """
+import sys, time, numpy as np, mpidl
+from mpidl.parameter_server.server import Server
+comm = mpidl.world()
+server = Server(comm.topology, np.zeros(1000), "planted")
+assert server._progress is not None
+comm.barrier()
+print(f"leaving at {time.time():.2f}", flush=True)
+if comm.rank == 1:
+    raise RuntimeError("planted reason")
+comm.barrier()
+"""
+
+
+def test_a_helper_thread_outlives_no_failure(tmp_path: Path) -> None:
+    result = run_text(FAILS, 2, tmp_path, MPIDL_NODE_SIZE="1")
+    ended = time.time()
+    assert result.returncode != 0
+    assert "RuntimeError: planted reason" in result.stderr
+    assert "rank 1 of 2 leaves too early (RuntimeError: planted reason" in result.stderr, result.output
+    assert "Fatal Python error" not in result.output
+    assert ended - float(result.stdout.split()[2]) < LIMIT
+    assert result.left_over == 0
