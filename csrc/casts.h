@@ -10,7 +10,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __CUDACC__
+#define MPIDL_INLINE static __host__ __device__ __forceinline__
+#else
 #define MPIDL_INLINE static inline __attribute__((always_inline))
+#endif
 
 MPIDL_INLINE uint32_t bits_of(float value) {
     uint32_t bits;

@@ -1,9 +1,9 @@
 /* The public calls: checks first, so that nothing is written on an error, then one kernel over the segments. */
-#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 
 #include "casts.h"
+#include "checks.h"
 #include "kernels.h"
 
 /* From this size on a call's float32 and float64 are streamed past the caches, which would have lost them by the time
@@ -15,40 +15,6 @@ static const int64_t STREAMED_BYTES = 1 << 25;
 
 /* The direction that data takes between the addressed segments and the flat buffer. */
 typedef enum { TO_FLAT, FROM_FLAT } direction;
-
-/* A scale that the arithmetic cannot hold would turn every element into an infinity or a zero. */
-static bool scale_fits(int dtype, double scale) {
-    if (mpidl_is_integer(dtype)) {
-        return scale == 1.0;
-    }
-    if (dtype == MPIDL_FLOAT64) {
-        return isfinite(scale);
-    }
-    return fabs(scale) <= FLT_MAX && ((float)scale != 0 || scale == 0);
-}
-
-static int check(int64_t segments, const uintptr_t *addresses, const int64_t *counts, const int64_t *offsets,
-                 uintptr_t flat, int64_t *total) {
-    if (segments < 0) {
-        return MPIDL_BAD_COUNT;
-    }
-    if (segments > 0 && (!addresses || !counts || !offsets)) {
-        return MPIDL_BAD_ADDRESS;
-    }
-    /* Below this limit no sum or product with an itemsize overflows. */
-    const int64_t limit = INT64_MAX / 32;
-    *total = 0;
-    for (int64_t s = 0; s < segments; s++) {
-        if (counts[s] < 0 || counts[s] > limit - *total || offsets[s] < 0 || offsets[s] > limit) {
-            return MPIDL_BAD_COUNT;
-        }
-        if (counts[s] > 0 && (!addresses[s] || !flat)) {
-            return MPIDL_BAD_ADDRESS;
-        }
-        *total += counts[s];
-    }
-    return MPIDL_OK;
-}
 
 /* Squares of float64 can overflow where no value is infinite; those of anything narrower are finite in a double, and so
  * is the sum of 2^63 of them.
@@ -81,11 +47,14 @@ static int move(direction way, int64_t segments, const uintptr_t *addresses, con
     if (!kernel) {
         return MPIDL_BAD_DTYPE;
     }
-    if (!scale_fits(source_dtype, scale)) {
+    if (!mpidl_scale_fits(source_dtype, scale)) {
         return MPIDL_BAD_SCALE;
     }
     int64_t total = 0;
-    int status = packed ? check(segments, addresses, counts, offsets, flat, &total) : MPIDL_BAD_ADDRESS;
+    int status = packed ? mpidl_check_table(segments, counts, offsets, &total) : MPIDL_BAD_ADDRESS;
+    if (status == MPIDL_OK) {
+        status = mpidl_check_addresses(segments, addresses, counts, flat);
+    }
     if (status != MPIDL_OK) {
         return status;
     }

@@ -1,9 +1,9 @@
 """A job for `mpidl train`: Fashion-MNIST, 60,000 + 10,000 grey pictures of clothes, 28 x 28 pixels, ten classes.
 
     apt-get install dataset-fashion-mnist        # or --data FOLDER with the four .gz files of that name
-    mpidl run -n 2 -- mpidl train jobs/fashion_mnist.py --epochs 4 --batch-size 64
-    mpidl run -n 4 -- mpidl train jobs/fashion_mnist.py --epochs 4 --batch-size 32 --algorithm agn
-    mpidl run -n 2 -- mpidl train jobs/fashion_mnist.py --epochs 4 --batch-size 64 -- --network mlp
+    mpidl run -n 2 -- mpidl train jobs/fashion_mnist.py --epochs 6 --batch-size 32
+    mpidl run -n 4 -- mpidl train jobs/fashion_mnist.py --epochs 6 --batch-size 32 --algorithm agn
+    mpidl run -n 2 -- mpidl train jobs/fashion_mnist.py --epochs 6 --batch-size 32 -- --network mlp
 
 The data: H. Xiao et al., *Fashion-MNIST*, 2017. The networks: a small convolutional one, and the multilayer perceptron
 784-1000-2000-1000-10 with which J. Hermans' thesis (2017) compares its algorithms, there on MNIST.

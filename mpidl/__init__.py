@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.errors import (
         ArgumentError,
         ClosedError,
+        DeviceError,
         DtypeError,
         ExtensionError,
         ForkedError,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
         RankFailedError,
         StalledError,
     )
-    from mpidl.packing import Packed, pack, unpack
+    from mpidl.packing import DevicePacked, Packed, pack, unpack
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.synchronous import Synchronous
@@ -38,6 +39,7 @@ _HOME = {
     "pack": "packing",
     "unpack": "packing",
     "Packed": "packing",
+    "DevicePacked": "packing",
     "Synchronous": "synchronous",
     "Downpour": "parameter_server.downpour",
     "AGN": "parameter_server.agn",
@@ -49,6 +51,7 @@ _HOME = {
     "RankFailedError": "errors",
     "ClosedError": "errors",
     "ForkedError": "errors",
+    "DeviceError": "errors",
     "ExtensionError": "errors",
     "NoMPIError": "errors",
     "LauncherError": "errors",
@@ -59,6 +62,8 @@ __all__ = [
     "ArgumentError",
     "ClosedError",
     "Communicator",
+    "DeviceError",
+    "DevicePacked",
     "Downpour",
     "DtypeError",
     "ExtensionError",

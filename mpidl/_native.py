@@ -123,7 +123,7 @@ def gather(
     arguments = _common(table, addresses, source_dtype, flat, flat_dtype)
     status = library().mpidl_gather(*arguments, scale, packed)
     if status:
-        _fail(status, source_dtype, flat_dtype, scale)
+        fail(status, source_dtype, flat_dtype, scale)
     return packed.count, packed.sum_of_squares, bool(packed.finite)
 
 
@@ -135,26 +135,32 @@ def scatter(
     arguments = _common(table, addresses, target_dtype, flat, flat_dtype)
     status = library().mpidl_scatter(*arguments, scale, packed)
     if status:
-        _fail(status, flat_dtype, target_dtype, scale)
+        fail(status, flat_dtype, target_dtype, scale)
     return packed.count, packed.sum_of_squares, bool(packed.finite)
 
 
 def _common(
     table: Segments, addresses: Sequence[int], dtype: str, flat: int, flat_dtype: str
 ) -> tuple[int, Any, Any, Any, int, int, int]:
-    if len(addresses) != len(table.counts):
-        raise ArgumentError(f"addresses has {len(addresses)} entries, the table has {len(table.counts)}")
-    if "bool" in (dtype, flat_dtype) and dtype != flat_dtype:
-        raise DtypeError(f"bool is packed as bool only, found {dtype} and {flat_dtype}")  # 2 is no bool
+    check_call(len(table.counts), addresses, dtype, flat_dtype)
     pointers = _ffi.from_buffer("uintptr_t[]", array("Q", addresses))  # in half the time of _ffi.new
     return len(addresses), pointers, table.counts, table.offsets, _code(dtype), flat, _code(flat_dtype)
+
+
+def check_call(segments: int, addresses: Sequence[int], dtype: str, flat_dtype: str) -> None:
+    """Refuses what the C side cannot see, wherever the memory lies."""
+    if len(addresses) != segments:
+        raise ArgumentError(f"addresses has {len(addresses)} entries, the table has {segments}")
+    if "bool" in (dtype, flat_dtype) and dtype != flat_dtype:
+        raise DtypeError(f"bool is packed as bool only, found {dtype} and {flat_dtype}")  # 2 is no bool
 
 
 def _code(dtype: str) -> int:
     return DTYPES.get(dtype, -1)
 
 
-def _fail(status: int, source: str, target: str, scale: float) -> None:
+def fail(status: int, source: str, target: str, scale: float) -> None:
+    """Raises what a status of csrc/mpidl.h means."""
     if status == _BAD_DTYPE:
         raise DtypeError(
             f"{source} cannot be packed as {target}: the dtypes must be equal, or one float32 and the other "

@@ -131,9 +131,13 @@ def _view_torch(x: Any, name: str, torch: Any) -> ArrayView:
         tuple(tensor.shape),
         contiguous,
         contiguous or _spread(tensor),
-        str(tensor.device),
+        _torch_device(tensor),
         "torch",
     )
+
+
+def _torch_device(tensor: Any) -> str:
+    return str(tensor.device)
 
 
 def _spread(tensor: Any) -> bool:

@@ -74,12 +74,14 @@ def split_servers(whole: Topology, servers: int) -> Communicator | None:
 
 
 class Communicator:
-    """A group of ranks and its collectives, on numpy arrays and torch tensors in host memory.
+    """A group of ranks and its collectives, on numpy arrays, torch tensors and cupy arrays.
 
     Every method except the attributes is a collective: all ranks of the communicator make the same calls in the same
-    order. What comes back is of the kind and dtype of what went in, and detached. float16 and bfloat16 are reduced in
-    float32. A call that differs between ranks raises `MismatchError` on all of them; a rank that never comes makes the
-    others raise `StalledError`. Calls from several threads at once are not supported.
+    order. What comes back is of the kind, dtype and device of what went in, and detached. float16 and bfloat16 are
+    reduced in float32. MPI only ever sees host memory: what lies on a device goes through pinned memory, in the order
+    of the stream that is current for its kind, and the result is there in that order too. A call that differs between
+    ranks raises `MismatchError` on all of them; a rank that never comes makes the others raise `StalledError`. Calls
+    from several threads at once are not supported.
 
     Args:
         mpi_comm: an `mpi4py.MPI.Intracomm`; it is duplicated, and stays the caller's. The constructor is a collective.

@@ -42,6 +42,10 @@ class ExtensionError(MpidlError, ImportError):
     """The compiled extension is missing or does not fit this version of the package."""
 
 
+class DeviceError(MpidlError, RuntimeError):
+    """CUDA itself reported an error."""
+
+
 class NoMPIError(MpidlError, ImportError):
     """No MPI library was found, or the one found cannot be loaded."""
 

@@ -2,7 +2,8 @@
 
 Each generator yields the request that must complete before it can go on and returns the call's result; `communicator`
 drives them, in the same order on all ranks. The first thing every call does is to agree on what it is (`_agree`): a
-call that differs between ranks is refused there, before any data moves.
+call that differs between ranks is refused there, before any data moves. MPI works on dense arrays in host memory: what
+is strided, of half precision or on a device is brought there (`_fetch`) and back (`_Target`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import arrays, datatypes, packing
+from mpidl import arrays, datatypes, devices, packing
 from mpidl.arrays import ArrayView
-from mpidl.errors import ArgumentError, DtypeError, MismatchError
+from mpidl.errors import ArgumentError, DtypeError, ExtensionError, MismatchError
 from mpidl.topology import Topology
 
 Steps = Generator[Any, None, Any]
@@ -58,10 +59,10 @@ def allreduce(topology: Topology, x: Any, op: str, out: Any) -> Steps:
         view, call = None, Call("allreduce", error=error)
     yield from _agree(topology, call)
     assert view is not None
-    send = _Accumulator(x, view)
+    send = _widened((yield from _fetch(view)))
     target = _Target(x, out, view.shape)
-    receive = target.memory_for(send.view)
-    yield from topology.start_allreduce(send.view, receive, op) if view.count else ()
+    receive = target.memory_for(send)
+    yield from topology.start_allreduce(send, receive, op) if view.count else ()
     return target.finish(receive, topology.size if op == "mean" else 1)
 
 
@@ -77,13 +78,13 @@ def reduce(topology: Topology, x: Any, op: str, root: int, out: Any) -> Steps:
         view, call = None, Call("reduce", error=error)
     yield from _agree(topology, call)
     assert view is not None
-    send = _Accumulator(x, view)
+    send = _widened((yield from _fetch(view)))
     if topology.rank != root:
-        yield from topology.start_reduce(send.view, None, op, root) if view.count else ()
+        yield from topology.start_reduce(send, None, op, root) if view.count else ()
         return None
     target = _Target(x, out, view.shape)
-    receive = target.memory_for(send.view)
-    yield from topology.start_reduce(send.view, receive, op, root) if view.count else ()
+    receive = target.memory_for(send)
+    yield from topology.start_reduce(send, receive, op, root) if view.count else ()
     return target.finish(receive, topology.size if op == "mean" else 1)
 
 
@@ -97,10 +98,10 @@ def reduce_scatter(topology: Topology, x: Any, op: str) -> Steps:
         view, call = None, Call("reduce_scatter", error=error)
     yield from _agree(topology, call)
     assert view is not None
-    send = _Accumulator(x, view)
+    send = _widened((yield from _fetch(view)))
     target = _Target(x, None, shape)
-    receive = target.memory_for(send.view, view.count // topology.size)
-    yield from topology.start_reduce_scatter(send.view, receive, op) if view.count else ()
+    receive = target.memory_for(send, view.count // topology.size)
+    yield from topology.start_reduce_scatter(send, receive, op) if view.count else ()
     return target.finish(receive, topology.size if op == "mean" else 1)
 
 
@@ -116,13 +117,13 @@ def broadcast(topology: Topology, x: Any, root: int) -> Steps:
         view, call = None, Call("broadcast", error=error)
     yield from _agree(topology, call)
     assert view is not None
-    dense = arrays.contiguous(x)
-    yield from topology.start_broadcast(arrays.view(dense), root) if view.count else ()
-    if topology.rank != root:
-        if dense is not x:
-            arrays.copy_into(x, dense)
-        arrays.mark_written(view)
-    return x
+    if topology.rank == root:
+        dense = yield from _fetch(view)
+        yield from topology.start_broadcast(dense, root) if view.count else ()
+        return x
+    target = _Target(x, x, view.shape)
+    yield from topology.start_broadcast(target.host, root) if view.count else ()
+    return target.finish(target.host, 1)
 
 
 def allgather(topology: Topology, x: Any) -> Steps:
@@ -134,9 +135,9 @@ def allgather(topology: Topology, x: Any) -> Steps:
         view, call = None, Call("allgather", error=error)
     yield from _agree(topology, call)
     assert view is not None
-    dense, result = arrays.contiguous(x), arrays.empty_like(x, (topology.size, *view.shape))
-    yield from topology.start_allgather(arrays.view(dense), arrays.view(result)) if view.count else ()
-    return result
+    dense, target = (yield from _fetch(view)), _Target(x, None, (topology.size, *view.shape))
+    yield from topology.start_allgather(dense, target.host) if view.count else ()
+    return target.finish(target.host, 1)
 
 
 def alltoall(topology: Topology, x: Any) -> Steps:
@@ -149,9 +150,9 @@ def alltoall(topology: Topology, x: Any) -> Steps:
         view, call = None, Call("alltoall", error=error)
     yield from _agree(topology, call)
     assert view is not None
-    dense, result = arrays.contiguous(x), arrays.empty_like(x)
-    yield from topology.start_alltoall(arrays.view(dense), arrays.view(result)) if view.count else ()
-    return result
+    dense, target = (yield from _fetch(view)), _Target(x, None, view.shape)
+    yield from topology.start_alltoall(dense, target.host) if view.count else ()
+    return target.finish(target.host, 1)
 
 
 def disagreement(descriptions: Iterable[str]) -> str:
@@ -189,7 +190,10 @@ def _agree(topology: Topology, call: Call) -> Steps:
 def _input(x: Any, op: str | None = None) -> ArrayView:
     view = arrays.view(x, "x")
     if view.device != "cpu":
-        raise DtypeError(f"x is on {view.device}: expected an array in host memory")
+        try:
+            devices.of(view)
+        except ExtensionError as error:  # said as what it is for this call, so that the other ranks learn of it
+            raise DtypeError(f"x is on {view.device}: {error}") from error
     if op is not None:
         datatypes.check(view.dtype, op)
     return view
@@ -222,20 +226,44 @@ def _block_shape(topology: Topology, view: ArrayView) -> tuple[int, ...]:
     return (view.shape[0] // topology.size, *view.shape[1:])
 
 
-class _Accumulator:
-    """The input in the dtype in which it is reduced, dense; owns what it had to copy."""
+def _fetch(array: ArrayView) -> Generator[Any, None, ArrayView]:
+    """Returns the array dense and in host memory; copies what is not, from a device in the order of its stream."""
+    dense = array if array.contiguous else arrays.view(arrays.contiguous(array.owner))
+    if dense.device == "cpu":
+        return dense
+    host, copied = devices.of(dense).fetch(dense)
+    yield copied
+    return host
 
-    def __init__(self, x: Any, view: ArrayView) -> None:
-        wide = datatypes.accumulator(view.dtype)
-        if wide != view.dtype:
-            owner = np.empty(view.count, wide)
-            packing.pack([x], owner)
-            view = arrays.view(owner)
-        self.view = view if view.contiguous else arrays.view(arrays.contiguous(x))
+
+def _widened(array: ArrayView) -> ArrayView:
+    """Returns a dense host array in the dtype in which it is reduced."""
+    wide = datatypes.accumulator(array.dtype)
+    if wide == array.dtype:
+        return array
+    return _converted(array, arrays.view(np.empty(array.count, wide)))
+
+
+def _converted(array: ArrayView, out: ArrayView) -> ArrayView:
+    """Copies a dense host array into another of the same count, and returns that."""
+    if array.dtype == out.dtype:  # of any dtype, also those that packing does not know
+        arrays.as_numpy(out)[...] = arrays.as_numpy(array)
+        return out
+    packing.Table((array.count,), (0,)).gather([array.address], array.dtype, out.address, out.dtype)
+    return out
 
 
 class _Target:
-    """Where a reduction ends: `out`, or a new array like x; through memory of its own where MPI cannot write there."""
+    """Where a call's result ends: `out`, or a new array like x; through memory of its own where MPI cannot write there.
+
+    Args:
+        x: what the call was given.
+        out: an array for the result, or None.
+        shape: of the result.
+
+    Attributes:
+        host: host memory in the result's dtype, which MPI may write.
+    """
 
     def __init__(self, x: Any, out: Any, shape: tuple[int, ...]) -> None:
         self._out = out
@@ -244,14 +272,15 @@ class _Target:
         if not self._view.contiguous:
             self._result = arrays.empty_like(x, shape)
             self._view = arrays.view(self._result)
+        self._device = None if self._view.device == "cpu" else devices.of(self._view)
+        self.host = self._view if self._device is None else self._device.like(self._view, shape)
 
     def memory_for(self, send: ArrayView, count: int | None = None) -> ArrayView:
         """Returns memory of the accumulator's dtype that does not overlap `send`."""
-        result = self._view
-        count = send.count if count is None else count
-        apart = result.address + result.nbytes <= send.address or send.address + send.nbytes <= result.address
-        if result.dtype == send.dtype and apart:
-            return result
+        host, count = self.host, send.count if count is None else count
+        apart = host.address + host.nbytes <= send.address or send.address + send.nbytes <= host.address
+        if host.dtype == send.dtype and apart:
+            return host
         return arrays.view(np.empty(count, send.dtype))
 
     def finish(self, received: ArrayView, divisor: int) -> Any:
@@ -259,10 +288,10 @@ class _Target:
         if divisor != 1:
             values = arrays.as_numpy(received)
             np.divide(values, divisor, out=values)
-        if received.dtype != self._view.dtype:
-            packing.pack([arrays.as_numpy(received)], self._result.reshape(-1))
-        elif received.address != self._view.address:
-            arrays.as_numpy(self._view)[...] = arrays.as_numpy(received)
+        if received.address != self.host.address:
+            _converted(received, self.host)
+        if self._device is not None:
+            self._device.deliver(self.host, self._view)
         arrays.mark_written(self._view)
         if self._out is not None and self._out is not self._result:
             arrays.copy_into(self._out, self._result)

@@ -1,6 +1,7 @@
 """`pack` and `unpack`: many tensors of one dtype into one flat buffer and back, scaled and cast on the way.
 
-For bulk callers `Table`: one call of the extension for a whole bucket. The numpy reference stands beside, in
+For bulk callers in host memory `Table`: one call of the extension for a whole bucket (on a device:
+`devices.Device.table`). The numpy reference stands beside, in
 packing_reference.py; which tensors form a bucket is layout.py's business.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from mpidl import _native, arrays
+from mpidl import _native, arrays, devices
 from mpidl.arrays import ArrayView
 from mpidl.errors import ArgumentError, DtypeError
 
@@ -22,6 +23,29 @@ class Packed(NamedTuple):
     count: int  # type: ignore[assignment]  # the field is wanted more than tuple's method
     sum_of_squares: float
     finite: bool
+
+
+class DevicePacked:
+    """What a call on a device writes, known once the device has carried it out: `Packed`, read when it is asked for.
+
+    `count` is known at once; the first look at `sum_of_squares` or `finite` waits for the call.
+    """
+
+    def __init__(self, count: int, late: devices.Late) -> None:
+        self.count = count
+        self._late = late
+
+    @property
+    def sum_of_squares(self) -> float:
+        return self._late.result()[1]
+
+    @property
+    def finite(self) -> bool:
+        return self._late.result()[2]
+
+    def wait(self) -> Packed:
+        """Returns when the call has been carried out."""
+        return Packed(*self._late.result())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +100,12 @@ class Table:
         return Packed(*_native.scatter(self._segments, addresses, target_dtype, flat_address, flat_dtype, scale=scale))
 
 
-def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packed:
+def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packed | DevicePacked:
     """Copy tensors, each in C order, one after the other into a flat buffer: cast(element * scale).
 
     The product is in float64 for float64 and in float32 otherwise; the cast is to nearest, ties to even. At
-    scale 1 and equal dtypes the bytes are copied unchanged.
+    scale 1 and equal dtypes the bytes are copied unchanged. Arrays on a device are packed there, by one launch on the
+    stream that is current for their kind; the call does not wait for it.
 
     Args:
         tensors: arrays of one dtype, of any shapes and strides.
@@ -90,7 +115,8 @@ def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packe
 
     Raises:
         DtypeError: not arrays, or dtypes that cannot be packed so.
-        ArgumentError: an argument that cannot work: too short, read-only, strided, overlapping, not on cpu.
+        ArgumentError: an argument that cannot work: too short, read-only, strided, overlapping, on several devices.
+        ExtensionError: arrays on a device, and mpidl was built without CUDA.
     """
     views = _views(tensors)
     flat = _flat(out, "out", views)
@@ -98,13 +124,12 @@ def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packe
         raise ArgumentError("out is read-only")
     _check_apart(views, flat, "out")
     dense = [one if one.contiguous else arrays.view(arrays.contiguous(one.owner)) for one in views]
-    addresses = [one.address for one in dense]
-    packed = _table(dense).gather(addresses, _dtype(views, flat), flat.address, flat.dtype, scale)
+    packed = _moved("gather", dense, flat, scale)
     arrays.mark_written(flat)
     return packed
 
 
-def unpack(flat: object, tensors: Iterable[object], *, scale: float = 1.0) -> Packed:
+def unpack(flat: object, tensors: Iterable[object], *, scale: float = 1.0) -> Packed | DevicePacked:
     """Copy a flat buffer back into tensors, the reverse of `pack`.
 
     Args:
@@ -123,8 +148,7 @@ def unpack(flat: object, tensors: Iterable[object], *, scale: float = 1.0) -> Pa
     _check_apart(views, source, "flat")
     _check_apart_from_each_other(views)
     dense = [one if one.contiguous else arrays.view(arrays.empty_like(one.owner)) for one in views]
-    addresses = [one.address for one in dense]
-    packed = _table(dense).scatter(addresses, _dtype(views, source), source.address, source.dtype, scale)
+    packed = _moved("scatter", dense, source, scale)
     for one, temporary in zip(views, dense, strict=True):
         if one is temporary:
             arrays.mark_written(one)
@@ -133,13 +157,20 @@ def unpack(flat: object, tensors: Iterable[object], *, scale: float = 1.0) -> Pa
     return packed
 
 
-def _table(views: Sequence[ArrayView]) -> Table:
-    counts = tuple(one.count for one in views)
-    return Table(counts, tuple(accumulate(counts, initial=0))[:-1])
-
-
-def _dtype(views: Sequence[ArrayView], flat: ArrayView) -> str:
-    return views[0].dtype if views else flat.dtype
+def _moved(name: str, dense: Sequence[ArrayView], flat: ArrayView, scale: float) -> Packed | DevicePacked:
+    """Gathers or scatters, where the flat buffer lies."""
+    counts = tuple(one.count for one in dense)
+    offsets = tuple(accumulate(counts, initial=0))[:-1]
+    addresses = [one.address for one in dense]
+    dtypes = (dense[0].dtype if dense else flat.dtype, flat.dtype)
+    if flat.device == "cpu":
+        move = getattr(Table(counts, offsets), name)
+        packed: Packed = move(addresses, dtypes[0], flat.address, flat.dtype, scale)
+        return packed
+    device = devices.of(flat)
+    move = getattr(device.table(counts, offsets), name)
+    late = move(addresses, dtypes, flat.address, scale, device.current_stream(flat.kind))
+    return DevicePacked(sum(counts), late)
 
 
 def _views(tensors: Iterable[object]) -> list[ArrayView]:
@@ -151,16 +182,20 @@ def _views(tensors: Iterable[object]) -> list[ArrayView]:
             raise DtypeError(f"tensors[{i}] holds {one.dtype}, tensors[0] {views[0].dtype}: pack them apart")
         if one.dtype not in _native.DTYPES:
             raise DtypeError(f"tensors[{i}] holds {one.dtype}, which cannot be packed")
-        if one.device != "cpu":
-            raise ArgumentError(f"tensors[{i}] is on {one.device}: packing runs on cpu only in this version")
     return views
 
 
 def _flat(x: object, name: str, views: Sequence[ArrayView]) -> ArrayView:
     flat = arrays.view(x, name)
     needed = sum(one.count for one in views)
-    if flat.device != "cpu":
-        raise ArgumentError(f"{name} is on {flat.device}: packing runs on cpu only in this version")
+    for i, one in enumerate(views):
+        if one.device != flat.device:
+            raise ArgumentError(f"tensors[{i}] is on {one.device}, {name} on {flat.device}: pack on one device")
+        if one.kind != flat.kind and flat.device != "cpu":
+            raise ArgumentError(
+                f"tensors[{i}] is {one.kind}'s, {name} {flat.kind}'s: on a device both must be of one kind, since each "
+                "has a stream of its own"
+            )
     if len(flat.shape) != 1 or not flat.contiguous:
         raise ArgumentError(f"{name} must be 1-D and contiguous, it has shape {flat.shape}")
     if flat.count < needed:

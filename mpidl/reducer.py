@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mpidl import leaving
-from mpidl.bucket_memory import BucketMemory
+from mpidl.bucket_memory import BucketMemory, bucket_memory
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
 from mpidl.layout import Tensor, buckets
 from mpidl.state import Named, dtype_name
@@ -50,13 +50,13 @@ class _Round:
     launched: int = 0  # buckets
     fired: set[int] = field(default_factory=set)
     late: set[int] = field(default_factory=set)  # buckets that changed after they were launched
-    finite: bool = True
+    dropped: int = 0  # the first so many buckets were launched with gradients that were thrown away
 
     def restart(self) -> None:
         """Forgets this rank's gradients; what was launched with them must be done again."""
         self.late.update(range(self.launched))
         self.fired.clear()
-        self.finite = True
+        self.dropped = self.launched
 
 
 class Reducer:
@@ -75,7 +75,7 @@ class Reducer:
         self._parameters = [parameter for _, parameter in named]
         tensors = [Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named]
         cut = buckets(tensors, bucket_nbytes)
-        self._memories = [BucketMemory(bucket, self._parameters) for bucket in cut]
+        self._memories = [bucket_memory(bucket, self._parameters) for bucket in cut]
         self._home = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
         layout_hash = 0
         for bucket in cut:
@@ -109,7 +109,7 @@ class Reducer:
         if self._round is not None:
             self._round.restart()
             for memory in self._memories[self._round.launched :]:
-                memory.packed.clear()
+                memory.begin()
 
     def arm(self) -> None:
         """Makes the running backward call `_end_of_backward`; called from inside backward, harmless when repeated.
@@ -162,13 +162,13 @@ class Reducer:
             state = FAILED
         weight = 0 if state == FINISHED else 1 if self.samples is None else self.samples
         for memory in self._memories:
-            memory.packed.clear()
+            memory.begin()
         steps = self._statistics.steps
         return _Round(self._header.start(state, self.samples, steps, self.wish_to_stop), weight)
 
     def _pack(self, now: _Round, index: int) -> None:
         gradient = self._parameters[index].grad
-        now.finite &= self._memories[self._home[index]].pack(index, gradient, now.weight)
+        self._memories[self._home[index]].pack(index, gradient, now.weight)
 
     def _advance(self, now: _Round) -> None:
         """Launches every full bucket whose turn it is, once the header is there, and lets MPI move those under way."""
@@ -178,7 +178,7 @@ class Reducer:
                 return
         while now.launched < len(self._memories):
             memory = self._memories[now.launched]
-            if not memory.full:
+            if not memory.ready():
                 break
             self._launch(memory)
             now.launched += 1
@@ -203,6 +203,8 @@ class Reducer:
             for index in memory.bucket.members:
                 if index not in memory.packed:
                     self._pack(now, index)
+        for memory in self._memories[now.launched :]:  # all are on their way before the first is waited for
+            memory.ready(wait=True)
             self._launch(memory)
         now.launched = len(self._memories)
         for memory in self._memories:
@@ -222,7 +224,7 @@ class Reducer:
         flags = np.zeros(count + len(self._memories) + 1, np.uint8)
         flags[list(used)] = 1
         flags[[count + number for number in now.late]] = 1
-        flags[-1] = not now.finite
+        flags[-1] = not all(memory.finite for memory in self._memories[now.dropped :])
         agreed = np.empty_like(np.packbits(flags))
         sequence = self._ranks.begin()
         mine = np.packbits(flags)
@@ -232,6 +234,7 @@ class Reducer:
         for memory in again:
             for index in memory.bucket.members:
                 self._pack(now, index)
+            memory.ready(wait=True)
             self._launch(memory)
         for memory in again:
             memory.wait(self._ranks)
@@ -241,12 +244,14 @@ class Reducer:
     def _write_back(self, used: np.ndarray[Any, Any], total: int) -> None:
         for memory in self._memories:
             memory.divide(total)
-        for index, parameter in enumerate(self._parameters):
-            if not used[index]:
-                continue  # used by nobody: its gradient, mostly None, stays what it was
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter, requires_grad=False)
-            self._memories[self._home[index]].unpack(index, parameter.grad)
+            gradients = {}
+            for index in memory.bucket.members:
+                parameter = self._parameters[index]
+                if used[index]:  # by somebody; otherwise its gradient, mostly None, stays what it was
+                    if parameter.grad is None:
+                        parameter.grad = torch.empty_like(parameter, requires_grad=False)
+                    gradients[index] = parameter.grad
+            memory.unpack(gradients)
 
     # For the optimiser above.
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl import arrays, operations, topology
-from mpidl.errors import ArgumentError, DtypeError, MismatchError
+from mpidl import arrays, devices, operations, topology
+from mpidl.arrays import ArrayView
+from mpidl.errors import ArgumentError, DtypeError, ExtensionError, MismatchError
 from mpidl.topology import Topology
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -47,7 +48,8 @@ def held_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
 
     Raises:
         ArgumentError: the optimiser holds a parameter that is not the model's, or none that can be trained.
-        DtypeError: a held parameter is not floating, not in host memory, or gets sparse gradients.
+        DtypeError: a held parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they
+            lie on several devices.
     """
     held = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
     named = list(model.named_parameters())
@@ -64,11 +66,23 @@ def held_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
     for name, parameter in ours:
         if parameter.dtype not in _DTYPES:
             raise DtypeError(f"parameter {name} is {parameter.dtype}; expected a real floating dtype")
-        if parameter.device.type != "cpu":
-            raise DtypeError(f"parameter {name} is on {parameter.device}; this version trains in host memory")
+    _check_devices(ours)
     _refuse_sparse(model)
     frozen = [(name, p) for name, p in named if id(p) in held and not p.requires_grad]
     return Held(ours, frozen, [(name, p) for name, p in named if id(p) not in held])
+
+
+def _check_devices(named: Named) -> None:
+    first, there = named[0][0], arrays.view(named[0][1]).device
+    for name, parameter in named:
+        view = arrays.view(parameter, f"parameter {name}")
+        if view.device != there:
+            raise DtypeError(f"parameter {name} is on {view.device}, {first} on {there}; expected all on one device")
+        if view.device != "cpu":
+            try:
+                devices.of(view)
+            except ExtensionError as error:
+                raise DtypeError(f"parameter {name} is on {view.device}: {error}") from error
 
 
 def _refuse_sparse(model: torch.nn.Module) -> None:
@@ -161,13 +175,14 @@ def broadcast_optimizer(ranks: Topology, optimizer: torch.optim.Optimizer, root:
         state = optimizer.state[parameters[position]] if entries else {}
         if not entries:
             optimizer.state.pop(parameters[position], None)
-        for key, (dtype, shape, value) in entries.items():
+        for key, (dtype, shape, value, beside) in entries.items():
             if dtype is None:
                 state[key] = value
                 continue
             old = state.get(key)
             if not (isinstance(old, torch.Tensor) and dtype_name(old) == dtype and list(old.shape) == shape):
-                state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+                place = parameters[position].device if beside else "cpu"
+                state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=place)
             tensors.append(state[key])
     _broadcast(ranks, tensors, root, "broadcast of the optimizer's state")
 
@@ -181,8 +196,10 @@ def average_buffers(ranks: Topology, model: torch.nn.Module) -> None:
         total = torch.empty_like(wide)
         if wide.numel():
             sequence = ranks.begin()
-            requests = ranks.start_allreduce(arrays.view(wide), arrays.view(total), "sum")
-            topology.wait_all(ranks, requests, "mean of the buffers", sequence, (wide, total))
+            send, receive = _on_host(wide), _host_for(total)
+            requests = ranks.start_allreduce(send, receive, "sum")
+            topology.wait_all(ranks, requests, "mean of the buffers", sequence, (send, receive, wide, total))
+            _back(receive, total)
         with torch.no_grad():
             buffer.copy_(total / ranks.size)
     _broadcast(ranks, others, 0, "broadcast of the buffers")
@@ -196,9 +213,35 @@ def _broadcast(ranks: Topology, tensors: Iterable[torch.Tensor], root: int, what
             flat = dense.contiguous()
             if flat.numel():
                 sequence = ranks.begin()
-                topology.wait_all(ranks, ranks.start_broadcast(arrays.view(flat), root), what, sequence, flat)
+                host = _on_host(flat) if ranks.rank == root else _host_for(flat)
+                topology.wait_all(ranks, ranks.start_broadcast(host, root), what, sequence, (host, flat))
+                if ranks.rank != root:
+                    _back(host, flat)
             if flat is not dense:
                 dense.copy_(flat)
+
+
+def _on_host(tensor: torch.Tensor) -> ArrayView:
+    """Returns a dense tensor's memory if it is the host's, and a copy in host memory if it is a device's."""
+    view = arrays.view(tensor)
+    if view.device == "cpu":
+        return view
+    host, copied = devices.of(view).fetch(view)
+    copied.wait()
+    return host
+
+
+def _host_for(tensor: torch.Tensor) -> ArrayView:
+    """Returns host memory in which what is meant for a dense tensor can arrive: its own, if that is the host's."""
+    view = arrays.view(tensor)
+    return view if view.device == "cpu" else devices.of(view).like(view, view.shape)
+
+
+def _back(host: ArrayView, tensor: torch.Tensor) -> None:
+    """Copies what arrived in `_host_for(tensor)` into the tensor, in the order of its device's stream."""
+    view = arrays.view(tensor)
+    if view.device != "cpu":
+        devices.of(view).deliver(host, view)
 
 
 def _broadcast_bytes(ranks: Topology, payload: bytes, root: int) -> bytes:
@@ -213,7 +256,8 @@ def _broadcast_bytes(ranks: Topology, payload: bytes, root: int) -> bytes:
 
 
 def _structure(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> dict[str, Any]:
-    """Returns {"groups": [hyperparameters], "state": [{key: [dtype, shape, value]}]}, state in parameter order."""
+    """Returns {"groups": [hyperparameters], "state": [{key: [dtype, shape, value, whether it lies on the
+    parameter's device]}]}, state in parameter order."""
     groups = [
         {k: v for k, v in group.items() if k != "params" and not isinstance(v, torch.Tensor)}
         for group in optimizer.param_groups
@@ -223,9 +267,10 @@ def _structure(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor])
         entries: dict[str, Any] = {}
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                entries[key] = [dtype_name(value), list(value.shape), None]
+                beside = value.device == parameter.device  # a count of steps is mostly not
+                entries[key] = [dtype_name(value), list(value.shape), None, beside]
             elif value is None or isinstance(value, bool | int | float | str):
-                entries[key] = [None, None, value]
+                entries[key] = [None, None, value, False]
             else:
                 raise DtypeError(f"optimizer state {key!r} is a {type(value).__name__}; expected a tensor or a number")
         state.append(entries)

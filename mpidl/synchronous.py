@@ -38,7 +38,8 @@ class Synchronous(DistributedOptimizer):
 
     Raises:
         ArgumentError: optimiser and model do not belong together, or an argument cannot work; alike on all ranks.
-        DtypeError: a parameter is not floating, not in host memory, or gets sparse gradients.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
         MismatchError: the ranks gave different models, optimisers or arguments.
     """
 

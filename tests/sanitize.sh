@@ -15,9 +15,14 @@ trap 'rm -rf "$folder"' EXIT
 export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0
 export UBSAN_OPTIONS=print_stacktrace=1
 
-# CC may hold a command with arguments.
-# shellcheck disable=SC2086
-$CC -std=gnu11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-trapping-math -fno-math-errno \
-    -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Icsrc \
-    -o "$folder/driver" tests/native_driver.c csrc/kernels*.c csrc/packing.c
-"$folder/driver"
+build() { # build SOURCE...: and run what it makes
+    # CC may hold a command with arguments.
+    # shellcheck disable=SC2086
+    $CC -std=gnu11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-trapping-math -fno-math-errno \
+        -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Icsrc -o "$folder/driver" "$@"
+    "$folder/driver"
+}
+
+build tests/native_driver.c csrc/kernels*.c csrc/packing.c
+printf "the device's kernels, on the host: "
+build -Itests/cuda_host tests/cuda_host/driver.c tests/cuda_host/runtime.c csrc/cuda_memory.c -x c csrc/cuda_packing.cu

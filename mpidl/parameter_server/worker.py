@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl import leaving, packing, state
+from mpidl import leaving, state
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError, RankFailedError
 from mpidl.layout import Tensor, lay_out
 from mpidl.optimizer import DistributedOptimizer
+from mpidl.parameter_server import flat
 from mpidl.parameter_server.server import Aim, Server
 
 
@@ -118,25 +119,28 @@ class Worker(DistributedOptimizer):
 
     def center(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Returns the clock and a copy of the center variable, by parameter name; one-sided, not a collective."""
-        clock, flat = self.snapshot()
-        return clock, self.named(flat)
+        clock, pulled = self.snapshot()
+        return clock, self.named(pulled)
 
     def snapshot(self) -> tuple[int, np.ndarray[Any, Any]]:
         """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there."""
         if self._last is not None:
             return self._last
-        flat = np.empty(self._layout.count, self._layout.dtype)
-        return self._server.pull(flat), flat
+        pulled = flat.new(self._layout, self._held[0][1].detach())
+        return self._server.pull(pulled), pulled
 
-    def named(self, flat: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
-        """Returns the parts of a flat center by parameter name, in the parameters' dtypes."""
-        copies = {}
-        rows = zip(self._held, self._views(), self._orders, self._layout.slots, strict=True)
-        for (name, _), view, order, slot in rows:
-            dense = torch.empty(view.shape, dtype=view.dtype)
-            _unpack(flat[slot.offset : slot.offset + slot.count], dense)
-            copies[name] = dense.permute(tuple(np.argsort(order))).clone()
-        return copies
+    def named(self, center: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        """Returns the parts of a flat center by parameter name, in the parameters' dtypes, on their device.
+
+        Args:
+            center: as `snapshot` gave it.
+        """
+        dense = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views()]
+        flat.unpack(self._layout, center, dense)
+        return {
+            name: one.permute(tuple(np.argsort(order))).clone()
+            for (name, _), one, order in zip(self._held, dense, self._orders, strict=True)
+        }
 
     def restore(self, clock: int, center: np.ndarray[Any, Any] | None = None) -> None:
         """Makes a run go on from a saved center; a collective before the first step.
@@ -208,39 +212,20 @@ class Worker(DistributedOptimizer):
             )
 
     def _pull(self) -> tuple[int, np.ndarray[Any, Any]]:
-        flat = np.empty(self._layout.count, self._layout.dtype)
-        self._clock = self._server.pull(flat)
-        self.statistics.bytes += flat.nbytes
-        for view, slot in zip(self._views(), self._layout.slots, strict=True):
-            _unpack(flat[slot.offset : slot.offset + slot.count], view)
+        views = self._views()
+        pulled = flat.new(self._layout, views[0])
+        self._clock = self._server.pull(pulled)
+        self.statistics.bytes += pulled.nbytes
+        flat.unpack(self._layout, pulled, views)
         # Packed again: what local steps start from is the center rounded to the model's dtype, and only what they move
         # may be committed.
         self._start = self._flat()
         self._steps = 0
-        return self._clock, flat
+        return self._clock, pulled
 
     def _flat(self) -> np.ndarray[Any, Any]:
-        flat = np.empty(self._layout.count, self._layout.dtype)
-        for view, slot in zip(self._views(), self._layout.slots, strict=True):
-            packing.pack([_packable(view, flat)], flat[slot.offset : slot.offset + slot.count])
-        return flat
+        return flat.pack(self._layout, self._views())
 
     def _views(self) -> list[torch.Tensor]:
         """Returns the parameters as they lie in memory now: `model.to()` and the like give them other memory."""
         return [p.detach().permute(order) for (_, p), order in zip(self._held, self._orders, strict=True)]
-
-
-def _packable(tensor: torch.Tensor, flat: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Returns `tensor`, or a copy where packing knows no way between its dtype and that of `flat`."""
-    names = {state.dtype_name(tensor), flat.dtype.name}
-    return tensor.to(getattr(torch, flat.dtype.name)) if "float64" in names and len(names) > 1 else tensor
-
-
-def _unpack(flat: np.ndarray[Any, Any], target: torch.Tensor) -> None:
-    packable = _packable(target, flat)
-    if packable is target and target.is_contiguous():
-        packing.unpack(flat, [target])
-    else:
-        dense = torch.empty(target.shape, dtype=packable.dtype)
-        packing.unpack(flat, [dense])
-        target.copy_(dense)

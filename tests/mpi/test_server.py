@@ -23,7 +23,8 @@ from mpidl.window import Window
 RANKS = (4, 8)
 SERVERS = (0, 1, 2)
 SIZES = (1, 3, 4, 8, (1, 1), (2, 2), (6, 2))
-ROUNDS = int(os.environ.get("MPIDL_TESTS_ROUNDS", "1000"))
+ROUNDS = int(os.environ.get("MPIDL_TESTS_ROUNDS", "1000"))  # fewer between nodes, where each takes longer
+FREE_ROUNDS = ROUNDS * 3 // 20
 ELEMENTS = 1003  # shards of unequal size, on every number of ranks
 
 
@@ -60,14 +61,14 @@ def test_commit_numbers_and_clocks_while_all_run_free(world_comm):
     comm = world_comm
     ranks, server = server_on(comm)
     numbers, out = [], np.empty(ELEMENTS)
-    for _ in range(150):
+    for _ in range(FREE_ROUNDS):
         numbers.append(server.commit(np.ones(ELEMENTS)))
         clock = server.pull(out)
         begun = server.clock._window.fetch_add(server.clock._home, 0, 0)
         assert clock <= out.min() and out.max() <= begun, (clock, out.min(), out.max(), begun)
         assert clock >= len(numbers)  # this rank's own commits have landed
     everyone = comm.allgather(np.array(numbers)).ravel()
-    assert np.array_equal(np.sort(everyone), np.arange(150 * comm.size))
+    assert np.array_equal(np.sort(everyone), np.arange(FREE_ROUNDS * comm.size))
     close(ranks, server)
 
 
@@ -92,12 +93,12 @@ def test_staleness_of_free_runners_is_recorded(world_comm, capsys):
     ranks, server = server_on(comm)
     out, taus, clock = np.empty(ELEMENTS), [], 0
     ranks.barrier("start together")
-    for _ in range(100):
+    for _ in range(FREE_ROUNDS):
         taus.append(server.commit(np.ones(ELEMENTS)) - clock)
         clock = server.pull(out)
         time.sleep(0.0005)
     everyone = comm.allgather(np.array(taus)).ravel()
-    assert everyone.min() >= 0 and everyone.max() < 100 * comm.size
+    assert everyone.min() >= 0 and everyone.max() < FREE_ROUNDS * comm.size
     assert everyone.sum() > 0
     with capsys.disabled():
         if comm.rank == 0:

@@ -128,8 +128,8 @@ def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Pa
     """A step takes no time here: most of it goes into checkpoints."""
     store, reached = Store(tmp_path / "checkpoints"), 0
     for blow in ("launcher", "kill"):
-        running = start(tmp_path, "synchronous", 2, FOR_EVER, "--resume", step=0)
-
+        often = ["--checkpoint-every", "0", "--log-every", "1", "--keep", "3"]
+        running = start(tmp_path, "synchronous", 2, FOR_EVER, "--resume", *often, step=0)
         until(running, lambda above=reached + 3: max(store.numbers(), default=0) > above)
         time.sleep(random.uniform(0, 0.2))
         ended = running.seconds

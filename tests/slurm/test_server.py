@@ -28,7 +28,7 @@ def test_counting_and_staleness_are_exact_across_nodes(cluster: Cluster) -> None
     ranks = ["srun", f"--mpi={slurm_plugin()}", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
     program = ["python", str(ROOT / "tests" / "rank_main.py"), str(ROOT / "tests" / "mpi" / "test_server.py")]
     env = {FOLDER: str(folder), RANKS_VARIABLE: str(RANKS), "MPIDL_TESTS_LIMIT": str(TIME_LIMIT)}
-    done = cluster.run([*ranks, *program, "-k", " or ".join(COUNTING)], env={**env, "MPIDL_TESTS_ROUNDS": "100"})
+    done = cluster.run([*ranks, *program, "-k", " or ".join(COUNTING)], env={**env, "MPIDL_TESTS_ROUNDS": "40"})
     assert done.returncode == 0, done.stdout + done.stderr + report(folder)
     for rank in range(RANKS):
         lines = [json.loads(line) for line in (folder / f"{rank}.jsonl").read_text().splitlines()]

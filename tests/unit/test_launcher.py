@@ -116,3 +116,10 @@ def test_physical_cores_are_at_most_the_usable_cpus() -> None:
 
 def test_the_environment_the_tests_run_in_has_an_mpirun_that_is_known() -> None:
     assert launcher.plan(2, ["prog"]).kind in ("mpich", "openmpi", "srun")
+
+
+def test_a_plugin_that_the_user_chose_for_srun_stays(own: Path, tmp_path: Path) -> None:
+    program(own / "mpirun", MPICH)
+    srun = program(tmp_path / "slurm" / "srun", "srun")
+    environ = {"PATH": f"{own}{os.pathsep}{srun.parent}", "SLURM_JOB_ID": "1", "SLURM_MPI_TYPE": "pmix_v4"}
+    assert launcher.plan(2, ["prog"], environ=environ).argv == (str(srun), "-n", "2", "prog")

@@ -1,0 +1,80 @@
+"""A worker's parameters as one flat array in host memory, and back: where server and rules work, whatever the device.
+
+On a device all parameters of a dtype are packed by one launch straight into pinned memory, and unpacked likewise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpidl import arrays, devices, packing, state
+from mpidl.layout import Layout, Slot
+
+_Flat = np.ndarray[Any, Any]
+
+
+def new(layout: Layout, like: torch.Tensor) -> _Flat:
+    """Returns memory for a flat array of this layout, from and to which parameters on `like`'s device can be packed."""
+    view = arrays.view(like)
+    if view.device == "cpu":
+        return np.empty(layout.count, layout.dtype)
+    dtype = np.dtype(layout.dtype)
+    return devices.of(view).pinned(layout.count * dtype.itemsize).view(dtype)
+
+
+def pack(layout: Layout, tensors: list[torch.Tensor]) -> _Flat:
+    """Returns the tensors' elements, in C order, in a new flat array; on a device, once its stream has come so far."""
+    flat = new(layout, tensors[0])
+    if arrays.view(tensors[0]).device == "cpu":
+        for tensor, slot in zip(tensors, layout.slots, strict=True):
+            packing.pack([_packable(tensor, flat)], flat[slot.offset : slot.offset + slot.count])
+        return flat
+    dense = [_packable(tensor, flat).contiguous() for tensor in tensors]
+    _on_device("gather", flat, dense, layout).wait()
+    return flat
+
+
+def unpack(layout: Layout, flat: _Flat, tensors: list[torch.Tensor]) -> None:
+    """Copies a flat array that `new` or `pack` gave into tensors, in the order of their device's stream."""
+    names = [_packable(tensor, flat) for tensor in tensors]
+    dense = [
+        one
+        if one is tensor and tensor.is_contiguous()
+        else torch.empty_like(one, memory_format=torch.contiguous_format)
+        for one, tensor in zip(names, tensors, strict=True)
+    ]
+    if arrays.view(tensors[0]).device == "cpu":
+        for one, slot in zip(dense, layout.slots, strict=True):
+            packing.unpack(flat[slot.offset : slot.offset + slot.count], [one])
+    else:
+        _on_device("scatter", flat, dense, layout)
+    for one, tensor in zip(dense, tensors, strict=True):
+        if one is tensor:
+            arrays.mark_written(arrays.view(tensor))
+        else:
+            tensor.copy_(one)
+
+
+def _packable(tensor: torch.Tensor, flat: _Flat) -> torch.Tensor:
+    """Returns `tensor`, or a copy where packing knows no way between its dtype and that of `flat`."""
+    names = {state.dtype_name(tensor), flat.dtype.name}
+    return tensor.to(getattr(torch, flat.dtype.name)) if "float64" in names and len(names) > 1 else tensor
+
+
+def _on_device(name: str, flat: _Flat, dense: list[torch.Tensor], layout: Layout) -> devices.Event:
+    """One launch for each dtype; returns the point in the stream behind them."""
+    device = devices.of(arrays.view(dense[0]))
+    stream = device.current_stream("torch")
+    by_dtype: dict[str, list[tuple[torch.Tensor, Slot]]] = {}
+    for tensor, slot in zip(dense, layout.slots, strict=True):
+        by_dtype.setdefault(state.dtype_name(tensor), []).append((tensor, slot))
+    for dtype, rows in by_dtype.items():
+        table = device.table(tuple(slot.count for _, slot in rows), tuple(slot.offset for _, slot in rows))
+        addresses = [arrays.view(tensor).address for tensor, _ in rows]
+        getattr(table, name)(addresses, (dtype, flat.dtype.name), flat.ctypes.data, 1.0, stream)
+    done = device.record(stream)
+    device.keep(done, (flat, dense))
+    return done
