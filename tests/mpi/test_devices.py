@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
 from build import finish, host_cuda, launches
 from fake import Fake, fake_device
 
-SIZES = (1, 2, 4)
+SIZES = (1, 4)
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "complex64")
 
 
@@ -127,7 +127,7 @@ def step(fake, optimizer, model, data):
     optimizer.step()
 
 
-@pytest.mark.parametrize("cap", [1e-5, 5e-4, 25])
+@pytest.mark.parametrize("cap", [1e-5, 25])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_synchronous_trains_on_a_device(comm, posing, cap, dtype):
     expected = mlp(dtype)
