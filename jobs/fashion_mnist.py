@@ -36,7 +36,8 @@ MEAN, DEVIATION = 0.2860, 0.3530  # of the training pixels, between 0 and 1
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default=DEBIAN, help="folder with the four .gz files [default: %(default)s]")
     parser.add_argument("--network", choices=["cnn", "mlp"], default="cnn", help="[default: %(default)s]")
-    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of SGD [default: %(default)s]")
+    parser.add_argument("--lr", type=float, default=0.04, help="learning rate of SGD at first [default: %(default)s]")
+    parser.add_argument("--decay", type=float, default=0.9997, help="of the lr, each step [default: %(default)s]")
     parser.add_argument("--momentum", type=float, default=0.9, help="of SGD [default: %(default)s]")
     parser.add_argument("--limit", type=int, help="take the first LIMIT pictures of each file only, for a try")
 
@@ -115,7 +116,15 @@ def read_idx(file: Path, shape: tuple[int, ...], limit: int | None = None) -> to
 
 
 def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum)
+    made = torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum)
+    made.register_step_post_hook(_decay)
+    return made
+
+
+def _decay(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Lowers the learning rate where the optimiser keeps it, so that its state says how far it has come."""
+    for group in optimizer.param_groups:
+        group["lr"] *= options.decay
 
 
 def loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:

@@ -62,6 +62,16 @@ def test_both_networks_take_a_batch(folder: Path, network: str, shapes: list[tup
         assert [tuple(p.shape) for p in model.parameters() if p.dim() == 2] == [*shapes, (10, 1000)]
 
 
+def test_the_learning_rate_decays_where_the_optimiser_keeps_it(folder: Path) -> None:
+    job = load(folder, "--lr", "0.5", "--decay", "0.5")
+    model = job.new_model()
+    optimizer = job.new_optimizer(model.parameters())
+    for expected in (0.25, 0.125):
+        job.loss(model, list(job.dataset(True)[:4])).backward()
+        optimizer.step()
+        assert optimizer.state_dict()["param_groups"][0]["lr"] == expected
+
+
 def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """Returns what changes a file's content before compression."""
 
