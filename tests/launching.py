@@ -24,8 +24,9 @@ TIME_LIMIT = 300.0  # seconds one launch may take, unless its caller says otherw
 TIMED_OUT = 124  # the return code of a launch that was ended by its time limit, as timeout(1) has it
 
 _MARK = "MPIDL_TESTS_LAUNCH"  # in the environment of every process of a launch; value: one launch's own word
-# The developer's choice must not decide what the tests see: threads per rank are mpidl's to choose.
-_DROPPED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# The developer's choice must not decide what the tests see: threads per rank are mpidl's to choose, and lines that are
+# written in pieces mix with other ranks'.
+_DROPPED = ("PYTHONUNBUFFERED", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)

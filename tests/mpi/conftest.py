@@ -63,7 +63,8 @@ def _agree() -> None:
 
 def _fail(report: str) -> None:
     """Ends the job for all ranks, after a moment in which other failing ranks write their reports too."""
-    _file("failure").write_text(report)
+    if not _file("failure").exists():  # the first report says why; what follows from it may come before the end
+        _file("failure").write_text(report)
     time.sleep(0.5)
     _mpi().COMM_WORLD.Abort(1)
 
