@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from bed import FOLDER, Outcome, run_file, settings
+from launching import kill_all
 
 _INSIDE = FOLDER in os.environ
 _MPI_TESTS = Path(__file__).parent / "mpi"
@@ -84,6 +85,12 @@ class RanksItem(pytest.Item):
 
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, 0, f"{self.path.name} with {self.ranks} ranks"
+
+
+def pytest_runtest_teardown() -> None:
+    """A failed test may have left its ranks running."""
+    if not _INSIDE:
+        kill_all()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

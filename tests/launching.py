@@ -45,6 +45,15 @@ class Result:
         return self.stdout + self.stderr
 
 
+_started: list[Running] = []  # not known to have ended
+
+
+def kill_all() -> None:
+    """Ends what a test has started and, when it failed, left running."""
+    while _started:
+        _started.pop().kill()
+
+
 class Running:
     """A started program: signal it, wait for it, kill it. Its output goes to files, so nothing blocks on a pipe."""
 
@@ -62,6 +71,7 @@ class Running:
             cwd=cwd or tempfile.gettempdir(),  # never the checkout: its mpidl/ would hide the installed one from -c, -m
             start_new_session=True,
         )
+        _started.append(self)
 
     @property
     def seconds(self) -> float:
@@ -85,6 +95,7 @@ class Running:
             self.kill()
         seconds = self.seconds
         left_over = 0 if timed_out else self._reap()
+        _forget(self)
         code = TIMED_OUT if timed_out else self.process.returncode
         return Result(code, _read(self._out), _read(self._err), seconds, timed_out, left_over)
 
@@ -98,6 +109,7 @@ class Running:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
         self._reap()
+        _forget(self)
 
     def _reap(self) -> int:
         """Kills what outlived the launcher (ranks may have sessions of their own); returns how many there were."""
@@ -110,6 +122,11 @@ class Running:
             except ProcessLookupError:
                 continue
         return len(left)
+
+
+def _forget(running: Running) -> None:
+    if running in _started:
+        _started.remove(running)
 
 
 def start_ranks(
