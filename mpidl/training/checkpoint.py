@@ -97,12 +97,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        raw = file.read_bytes()
+        manifest = json.loads(raw)
     except OSError as error:
         raise DamagedError(f"{file} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise DamagedError(f"{file} is damaged: it is not JSON") from error
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) is None or raw != _sealed(manifest):
         raise DamagedError(f"{file} is damaged: its SHA-256 is not the one that was written")
     if manifest["format"] != FORMAT:
         by = manifest.get("versions", {}).get("mpidl", "another version")
@@ -143,8 +144,7 @@ class Draft:
                 raise OSError(f"{name} of another rank is not there: --output must be a folder that all nodes share")
         files = {name: asdict(entry) for name, entry in entries.items()}
         manifest = {"format": FORMAT, **content, "files": files}
-        text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
-        self._write(MANIFEST, text.encode())
+        self._write(MANIFEST, _sealed(manifest))
         sync_folder(self._folder)
         self._folder.rename(self._target)  # content and names are on disk before the folder gets its own
         sync_folder(self._target.parent)
@@ -268,5 +268,10 @@ def check_encodable(what: str, content: Mapping[str, Any]) -> None:
         raise ArgumentError(f"{what} cannot be saved in a checkpoint: {type(error).__name__}: {reason}") from error
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as a file, with its own SHA-256 in it. A file is whole if it is this, byte for byte.
+
+    The sum alone would miss a changed last digit: two texts of a number can mean the same one.
+    """
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**manifest, "sha256": digest}, indent=2) + "\n").encode()

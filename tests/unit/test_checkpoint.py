@@ -86,13 +86,11 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_used(tmp_path: Pat
 
 
 def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path) -> None:
-    path = write(tmp_path, 1)
+    path = write(tmp_path, 1, seconds=32.884959589319116)  # which is the same number as ...117
     raw = (path / "manifest.json").read_bytes()
     for place in range(len(raw)):
         flipped = bytearray(raw)
         flipped[place] ^= 1
-        if flipped.split() == raw.split():
-            continue
         (path / "manifest.json").write_bytes(flipped)
         with pytest.raises(ArgumentError, match=r"manifest\.json"):
             newest(tmp_path)
