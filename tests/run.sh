@@ -76,9 +76,9 @@ for mpi in "${mpis[@]}"; do prepare "$mpi"; done
 [ -z "$prepare_only" ] || exit 0
 left_to_second=() left_to_first=()
 if [ ${#mpis[@]} -gt 1 ]; then
-    if [ $# -eq 0 ]; then # tests/unit never starts MPI; the other two plant faults for the tests and their bed to find
+    if [ $# -eq 0 ]; then # tests/unit never starts MPI; test_bed.py judges the bed that starts the ranks
         left_to_first=(--ignore=tests/unit)
-        left_to_second=(--ignore=tests/programs/test_bed.py --ignore=tests/programs/test_breakages.py)
+        left_to_second=(--ignore=tests/programs/test_bed.py)
     fi
     set -m # a process group of its own, so that all of it can be ended
     suite "${mpis[1]}" "${left_to_first[@]}" "$@" > "$folder/second.log" 2>&1 &
