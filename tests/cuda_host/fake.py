@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import Memory, finish, host_cuda, owns, unlocked
+from host_build import Memory, finish, host_cuda, owns, unlocked
 
 from mpidl import arrays, devices
 

@@ -15,8 +15,8 @@ import mpidl
 from mpidl.errors import DtypeError, MismatchError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
-from build import finish, host_cuda, launches
 from fake import Fake, fake_device
+from host_build import finish, host_cuda, launches
 
 SIZES = (1, 4)
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "complex64")

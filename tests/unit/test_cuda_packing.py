@@ -18,7 +18,7 @@ from mpidl.errors import ArgumentError, DeviceError, DtypeError, ExtensionError
 from mpidl.packing_reference import _decoded, _encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
-from build import CSRC, Memory, allocations, finish, host_cuda, launches
+from host_build import CSRC, Memory, allocations, finish, host_cuda, launches
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

@@ -15,8 +15,8 @@ from mpidl import arrays, devices
 from mpidl.errors import ArgumentError, DtypeError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
-from build import allocations, launches
 from fake import Fake, fake_device
+from host_build import allocations, launches
 
 
 @pytest.fixture
