@@ -49,7 +49,7 @@ if [ -z "$inside" ]; then
         PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" > /dev/null || missing+=("${pair##*:}")
     done
     # srun's plugin asks for the name that only the -dev package has.
-    ldconfig -p | grep -q 'libpmix\.so ' || missing+=(libpmix-dev)
+    [[ $(ldconfig -p) == *'libpmix.so '* ]] || missing+=(libpmix-dev)
     if [ -n "$missing_only" ]; then echo "${missing[*]}"; [ ${#missing[@]} -eq 0 ]; exit; fi
     [ ${#missing[@]} -eq 0 ] || { echo "a SLURM cluster needs what this machine lacks: ${missing[*]}" >&2; exit 1; }
     [ $# -gt 0 ] || { usage >&2; exit 2; }
