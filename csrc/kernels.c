@@ -1,8 +1,11 @@
 /* Which instruction set's kernels are in use, chosen when the program runs: by the processor, or by mpidl_use(). */
 #include "kernels.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stddef.h>
+
+#include "casts.h"
 
 #if MPIDL_X86
 #include <cpuid.h>
@@ -67,6 +70,20 @@ mpidl_kernel *mpidl_find_kernel(int source_dtype, int out_dtype) {
     return (*sets[mpidl_instructions()])[source_dtype][out_dtype];
 }
 
+mpidl_reduction *mpidl_find_reduction(int dtype, int op) {
+    static mpidl_reductions *const sets[MPIDL_INSTRUCTION_SETS] = {
+        [MPIDL_PORTABLE] = &mpidl_reductions_portable,
+#if MPIDL_X86
+        [MPIDL_AVX2] = &mpidl_reductions_avx2,
+        [MPIDL_AVX512] = &mpidl_reductions_avx512,
+#endif
+    };
+    if (dtype < 0 || dtype >= MPIDL_DTYPES || op < 0 || op >= MPIDL_OPS) {
+        return NULL;
+    }
+    return (*sets[mpidl_instructions()])[dtype][op];
+}
+
 int64_t mpidl_itemsize(int dtype) {
     static const int8_t sizes[MPIDL_DTYPES] = {4, 8, 2, 2, 1, 2, 4, 8, 1, 2, 4, 8};
     return sizes[dtype];
@@ -74,4 +91,23 @@ int64_t mpidl_itemsize(int dtype) {
 
 bool mpidl_is_integer(int dtype) {
     return dtype >= MPIDL_INT8;
+}
+
+double mpidl_sum_of(const double *lanes) {
+    double sum = 0;
+    for (int lane = 0; lane < MPIDL_LANES; lane++) {
+        sum += lanes[lane];
+    }
+    return sum;
+}
+
+bool mpidl_all_finite(const char *memory, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t bits;
+        memcpy(&bits, memory + i * (int64_t)sizeof bits, sizeof bits);
+        if (!isfinite(decode_float64(bits))) {
+            return false;
+        }
+    }
+    return true;
 }

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include "loops.h"
+#include "reductions.h"
 
 typedef struct {
     __m256 low, high;
@@ -149,6 +150,7 @@ MPIDL_INLINE halves narrow_float16(floats *values) {
 #include "vectors.h"
 
 mpidl_kernels mpidl_kernels_avx2 = MPIDL_TABLE;
+mpidl_reductions mpidl_reductions_avx2 = MPIDL_REDUCTION_TABLE;
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include "loops.h"
+#include "reductions.h"
 
 typedef __m512 floats;
 typedef struct {
@@ -115,6 +116,7 @@ MPIDL_INLINE halves narrow_float16(floats *values) {
 #include "vectors.h"
 
 mpidl_kernels mpidl_kernels_avx512 = MPIDL_TABLE;
+mpidl_reductions mpidl_reductions_avx512 = MPIDL_REDUCTION_TABLE;
 
 #ifdef __clang__
 #pragma clang attribute pop

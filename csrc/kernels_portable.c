@@ -1,5 +1,6 @@
 /* The kernels in plain C, for any processor. */
 #include "loops.h"
+#include "reductions.h"
 
 #define FLOAT32_TO_BFLOAT16(bits) encode_bfloat16(decode_float32(bits))
 #define FLOAT32_TO_FLOAT16(bits) encode_float16(decode_float32(bits))
@@ -20,3 +21,4 @@ DEFINE_LOOP(float64_float64, FUSED, uint64_t, uint64_t, double, decode_float64, 
             AS_IT_IS)
 
 mpidl_kernels mpidl_kernels_portable = MPIDL_TABLE;
+mpidl_reductions mpidl_reductions_portable = MPIDL_REDUCTION_TABLE;

@@ -16,28 +16,6 @@ static const int64_t STREAMED_BYTES = 1 << 25;
 /* The direction that data takes between the addressed segments and the flat buffer. */
 typedef enum { TO_FLAT, FROM_FLAT } direction;
 
-/* Squares of float64 can overflow where no value is infinite; those of anything narrower are finite in a double, and so
- * is the sum of 2^63 of them.
- */
-static bool all_finite_float64(const char *memory, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        uint64_t bits;
-        memcpy(&bits, memory + i * (int64_t)sizeof bits, sizeof bits);
-        if (!isfinite(decode_float64(bits))) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static double sum_of(const double *lanes) {
-    double sum = 0;
-    for (int lane = 0; lane < MPIDL_LANES; lane++) {
-        sum += lanes[lane];
-    }
-    return sum;
-}
-
 static int move(direction way, int64_t segments, const uintptr_t *addresses, const int64_t *counts,
                 const int64_t *offsets, int segment_dtype, uintptr_t flat, int flat_dtype, double scale,
                 mpidl_packed *packed) {
@@ -70,11 +48,11 @@ static int move(direction way, int64_t segments, const uintptr_t *addresses, con
         const char *source = way == TO_FLAT ? segment : run;
         char *out = way == TO_FLAT ? run : segment;
         kernel(source, out, counts[s], scale, streamed, lanes);
-        if (out_dtype == MPIDL_FLOAT64 && finite && !isfinite(sum_of(lanes))) {
-            finite = all_finite_float64(out, counts[s]);
+        if (out_dtype == MPIDL_FLOAT64 && finite && !isfinite(mpidl_sum_of(lanes))) {
+            finite = mpidl_all_finite(out, counts[s]);
         }
     }
-    double sum = sum_of(lanes);
+    double sum = mpidl_sum_of(lanes);
     finite = out_dtype == MPIDL_FLOAT64 ? finite : isfinite(sum);
     *packed = (mpidl_packed){.count = total, .sum_of_squares = sum, .finite = finite};
     return MPIDL_OK;

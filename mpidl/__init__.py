@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
         MpidlError,
         NoMPIError,
         RankFailedError,
+        SharedMemoryError,
         StalledError,
     )
     from mpidl.packing import DevicePacked, Packed, pack, unpack
@@ -54,6 +55,7 @@ _HOME = {
     "DeviceError": "errors",
     "ExtensionError": "errors",
     "NoMPIError": "errors",
+    "SharedMemoryError": "errors",
     "LauncherError": "errors",
 }
 
@@ -75,6 +77,7 @@ __all__ = [
     "Packed",
     "RankFailedError",
     "Request",
+    "SharedMemoryError",
     "StalledError",
     "Synchronous",
     "__version__",

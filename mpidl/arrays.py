@@ -184,6 +184,13 @@ def empty_like(x: object, shape: tuple[int, ...] | None = None) -> Any:
     return module.empty(wanted, dtype=array.owner.dtype)
 
 
+def empty_flat(count: int, dtype: str) -> ArrayView:
+    """New host memory for `count` elements, 1-D; numpy's bfloat16 lies in uint16."""
+    owner = np.empty(count, "uint16" if dtype == "bfloat16" else dtype)
+    address = owner.__array_interface__["data"][0]
+    return ArrayView(owner, address, count, dtype, ITEMSIZES[dtype], (count,), True, True, "cpu", "numpy")
+
+
 def contiguous(x: object) -> Any:
     """x itself if its elements lie densely in C order, otherwise a copy of the same kind that does."""
     array = view(x)

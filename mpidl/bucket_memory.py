@@ -1,21 +1,24 @@
 """The flat memory of one bucket of gradients, and how far it has come in a round.
 
-When a bucket is packed, launched and written back is decided in `reducer`. Here is where the gradients lie: in host
-memory each is packed while it is hot in the cache; on a device a full bucket is packed by one launch on the stream that
-computed it, and copied to pinned host memory, and later back, on a stream of its own, beside what backward computes.
+When a bucket is launched and written back is decided in `reducer`. In host memory the gradients stay where backward
+left them until they are reduced: the reduction itself reads them scattered. On a device a full bucket is packed by one
+launch on the stream that computed it, and copied to pinned host memory, and later back, on a stream of its own, beside
+what backward computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpidl import arrays, devices, packing, topology
+from mpidl import arrays, devices, topology
+from mpidl.collectives import Collectives, Source
 from mpidl.layout import Bucket
+from mpidl.packing import Table
 from mpidl.state import memory_order
-from mpidl.topology import Topology
 
 # MPI knows the memory of a running reduction by its address only: this keeps it alive, even if an interrupted backward
 # drops the optimizer and the model.
@@ -23,7 +26,7 @@ _under_way: set[BucketMemory] = set()
 
 
 class BucketMemory:
-    """What one bucket sends and receives; both are float32, or float64 for float64 parameters.
+    """What one bucket receives: float32, or float64 for float64 parameters.
 
     Args:
         bucket: which parameters travel in it, by index.
@@ -31,99 +34,113 @@ class BucketMemory:
 
     Attributes:
         bucket: which parameters travel in it.
-        packed: indices of the parameters whose gradients lie in the memory that is sent, or will when it is `ready`.
+        packed: indices of the parameters whose gradients are sent, or will be when it is `ready`.
     """
 
     def __init__(self, bucket: Bucket, parameters: list[torch.nn.Parameter]) -> None:
         self.bucket = bucket
         self.packed: set[int] = set()
-        self._finite = True
-        self._requests: list[Any] = []
+        self._gradients: dict[int, torch.Tensor | None] = {}
+        self._weight = 1.0
+        self._request: Any = None
+        self._is_finite: Callable[[], bool] = lambda: True
         self._slots = dict(zip(bucket.members, bucket.layout.slots, strict=True))
+        self._table = Table(tuple(s.count for s in bucket.layout.slots), tuple(s.offset for s in bucket.layout.slots))
         self._orders = {index: memory_order(parameters[index]) for index in bucket.members}
         self._allocate(np.dtype("float64" if bucket.layout.dtype == "float64" else "float32"))
 
     def _allocate(self, dtype: np.dtype[Any]) -> None:
-        self._send = np.empty(self.bucket.layout.count, dtype)
         self._receive = np.empty(self.bucket.layout.count, dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes that one reduction takes from this rank."""
-        return int(self._send.nbytes)
+        return int(self._receive.nbytes)
 
     @property
     def full(self) -> bool:
-        """Whether every parameter's gradient has been packed."""
+        """Whether every parameter's gradient is there."""
         return len(self.packed) == len(self.bucket.members)
 
     @property
     def finite(self) -> bool:
-        """Whether all that was packed in this round is finite; asked once the memory is `ready`."""
-        return self._finite
+        """Whether all that was sent in this round is finite; asked once the reduction has completed."""
+        return self._is_finite()
 
     def begin(self) -> None:
-        """Forgets what was packed."""
+        """Forgets the gradients of the round before."""
         self.packed.clear()
-        self._finite = True
+        self._gradients.clear()
 
     def pack(self, index: int, gradient: torch.Tensor | None, weight: int) -> None:
-        """Packs one parameter's gradient, times `weight`; only while no reduction is under way.
+        """Notes one parameter's gradient, which counts `weight` times; only while no reduction is under way.
 
         None, and any gradient of weight 0, counts as zeros: not even a NaN may get through.
         """
-        slot = self._slots[index]
-        piece = self._send[slot.offset : slot.offset + slot.count]
         self.packed.add(index)
-        if gradient is None or weight == 0:
-            piece.fill(0)
-        else:
-            self._finite &= packing.pack([self._in_order(index, gradient)], piece, scale=float(weight)).finite
+        self._gradients[index] = None if gradient is None or weight == 0 else gradient.detach()
+        self._weight = float(weight)
 
     def ready(self, *, wait: bool = False) -> bool:
-        """Whether a full bucket lies in the memory that is sent; `wait` until it does."""
+        """Whether a full bucket can be sent; `wait` until it can."""
         return self.full
 
     def unpack(self, gradients: dict[int, torch.Tensor]) -> None:
         """Overwrites the gradients of some parameters, by index, with the reduced ones."""
-        for index, gradient in gradients.items():
-            slot = self._slots[index]
-            piece = self._receive[slot.offset : slot.offset + slot.count]
-            target = self._in_order(index, gradient)
-            if target.is_contiguous():
-                packing.unpack(piece, [target])
-            else:
-                dense = torch.empty_like(target, memory_format=torch.contiguous_format)
-                packing.unpack(piece, [dense])
-                target.copy_(dense)
+        targets = {index: self._in_order(index, gradient) for index, gradient in gradients.items()}
+        dense = {index: _dense_like(target) for index, target in targets.items()}
+        views = [arrays.view(one) for one in dense.values()]
+        slots = [self._slots[index] for index in dense]
+        if views:
+            table = Table(tuple(slot.count for slot in slots), tuple(slot.offset for slot in slots))
+            flat = arrays.view(self._receive)
+            table.scatter([one.address for one in views], views[0].dtype, flat.address, flat.dtype)
+        self._written(targets, dense)
 
-    def launch(self, ranks: Topology) -> None:
-        """Starts the sum over all ranks; they launch their buckets in the same order."""
-        self._requests = ranks.start_allreduce(arrays.view(self._send), arrays.view(self._receive), "sum")
+    def launch(self, ranks: Collectives, words: tuple[int, int], total: int) -> None:
+        """Starts the mean over all ranks, by weight; they launch their buckets in the same order.
+
+        Args:
+            ranks: among whom.
+            words: which reduction this is, alike on all of them.
+            total: of all their weights.
+        """
+        present = {i: self._in_order(i, g).contiguous() for i, g in self._gradients.items() if g is not None}
+        views = {index: arrays.view(gradient) for index, gradient in present.items()}
+        addresses = [views[index].address if index in views else 0 for index in self.bucket.members]
+        source = Source(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
+        self._request, self._is_finite = ranks.start_gathered_sum(words, source, arrays.view(self._receive), total)
         _under_way.add(self)
+        self.advance()
 
     def advance(self) -> None:
-        """Lets MPI work on the reduction; never blocks."""
-        self._requests = [request for request in self._requests if not request.Test()]
-        self._settle()
+        """Lets the reduction go on; never blocks."""
+        if self._request is not None and self._request.Test():
+            self._settle()
 
-    def wait(self, ranks: Topology) -> None:
+    def wait(self, ranks: Collectives) -> None:
         """Returns when the reduction has completed."""
-        topology.wait_all(ranks, self._requests, "the reduction of gradients", ranks.channel.sequence, self)
-        self._requests = []
-        self._settle()
-
-    def divide(self, total: int) -> None:
-        """Turns the sum that was received into a mean."""
-        if total != 1:
-            np.divide(self._receive, total, out=self._receive)
+        if self._request is not None:
+            at = ranks.topology
+            topology.wait_all(at, [self._request], "the reduction of gradients", at.channel.sequence, self)
+            self._settle()
 
     def _settle(self) -> None:
-        if not self._requests:
-            _under_way.discard(self)
+        self._request = None
+        self._gradients.clear()
+        _under_way.discard(self)
 
     def _in_order(self, index: int, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.detach().permute(self._orders[index])
+
+    @staticmethod
+    def _written(targets: dict[int, torch.Tensor], dense: dict[int, torch.Tensor]) -> None:
+        """Copies what was unpacked beside a strided gradient into it; tells autograd of the others."""
+        for index, target in targets.items():
+            if dense[index] is target:
+                arrays.mark_written(arrays.view(target))
+            else:
+                target.copy_(dense[index])
 
 
 class DeviceBucketMemory(BucketMemory):
@@ -137,11 +154,10 @@ class DeviceBucketMemory(BucketMemory):
     def __init__(self, bucket: Bucket, parameters: list[torch.nn.Parameter]) -> None:
         self._device = devices.of(arrays.view(parameters[bucket.members[0]]))
         super().__init__(bucket, parameters)
-        self._gradients: dict[int, torch.Tensor | None] = {}
         self._streams: set[int] = set()
         self._copied: devices.Event | None = None  # None: not all gradients are there yet
         self._read: devices.Event | None = None
-        self._written: devices.Late | None = None
+        self._packed: devices.Late | None = None
 
     def _allocate(self, dtype: np.dtype[Any]) -> None:
         nbytes = self.bucket.layout.count * dtype.itemsize
@@ -150,20 +166,18 @@ class DeviceBucketMemory(BucketMemory):
 
     @property
     def finite(self) -> bool:
-        return self._written is None or self._written.result()[2]
+        return self._packed is None or self._packed.result()[2]
 
     def begin(self) -> None:
         super().begin()
-        self._gradients.clear()
         self._streams.clear()
-        self._copied = self._written = None
+        self._copied = self._packed = None
 
     def pack(self, index: int, gradient: torch.Tensor | None, weight: int) -> None:
-        self.packed.add(index)
-        self._gradients[index] = None if gradient is None or weight == 0 else gradient.detach()
+        super().pack(index, gradient, weight)
         self._streams.add(self._device.current_stream("torch"))
         if self.full:
-            self._gather(float(weight))
+            self._gather(self._weight)
 
     def _gather(self, weight: float) -> None:
         device, stream, item = self._device, self._device.current_stream("torch"), self._send.itemsize
@@ -175,9 +189,9 @@ class DeviceBucketMemory(BucketMemory):
         for index, slot in self._slots.items():
             if index not in present:
                 device.clear(self._flat.address + slot.offset * item, slot.count * item, stream)
-        self._written = None
+        self._packed = None
         if present:
-            self._written = self._move("gather", present, weight, stream)
+            self._packed = self._move("gather", present, weight, stream)
         gathered = device.record(stream)
         device.keep(gathered, list(present.values()))
         gathered.hold(device.side)
@@ -196,20 +210,18 @@ class DeviceBucketMemory(BucketMemory):
         if not gradients:
             return
         targets = {index: self._in_order(index, gradient) for index, gradient in gradients.items()}
-        dense = {
-            index: one if one.is_contiguous() else torch.empty_like(one, memory_format=torch.contiguous_format)
-            for index, one in targets.items()
-        }
+        dense = {index: _dense_like(target) for index, target in targets.items()}
         device.copy(self._flat.address, self._receive.ctypes.data, self.nbytes, device.side)
         device.record(device.side).hold(stream)
         self._move("scatter", dense, 1.0, stream)
         self._read = device.record(stream)
         device.keep(self._read, (dense, self._receive))
-        for index, target in targets.items():
-            if dense[index] is target:
-                arrays.mark_written(arrays.view(target))
-            else:
-                target.copy_(dense[index])
+        self._written(targets, dense)
+
+    def launch(self, ranks: Collectives, words: tuple[int, int], total: int) -> None:
+        self._request = ranks.start_sum(words, arrays.view(self._send), arrays.view(self._receive), total)
+        _under_way.add(self)
+        self.advance()
 
     def _move(self, name: str, tensors: dict[int, torch.Tensor], scale: float, stream: int) -> devices.Late:
         """One launch over some of the bucket's tensors."""
@@ -221,6 +233,13 @@ class DeviceBucketMemory(BucketMemory):
             [view.address for view in views], dtypes, self._flat.address, scale, stream
         )
         return moved
+
+
+def _dense_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor itself if its elements lie in order, or else memory for as many that do."""
+    if tensor.is_contiguous():
+        return tensor
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def bucket_memory(bucket: Bucket, parameters: list[torch.nn.Parameter]) -> BucketMemory:

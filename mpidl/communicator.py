@@ -9,8 +9,8 @@ from collections import deque
 from typing import Any
 
 from mpidl import leaving, operations, runtime, topology
+from mpidl.collectives import Collectives, Steps
 from mpidl.errors import ArgumentError, ClosedError
-from mpidl.operations import Steps
 from mpidl.service import Service, agree_on_servers, serve
 from mpidl.topology import Topology
 from mpidl.waiting import Watch
@@ -110,6 +110,7 @@ class Communicator:
 
     def _set_up(self, ranks: Topology, service: Service | None = None) -> None:
         self._topology = ranks
+        self._collectives = Collectives(ranks)
         self.service = service  # how the floors above reach the servers
         self.servers = len(service.servers) if service is not None else 0
         self._queue: deque[Request] = deque()
@@ -149,15 +150,15 @@ class Communicator:
             MismatchError: another rank made a different call.
             StalledError: another rank did not come.
         """
-        return self._start("allreduce", operations.allreduce(self._topology, x, op, out)).wait()
+        return self._start("allreduce", operations.allreduce(self._collectives, x, op, out)).wait()
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
         """Starts `allreduce` and returns at once; x and out must not be touched until the request has completed."""
-        return self._start("iallreduce", operations.allreduce(self._topology, x, op, out))
+        return self._start("iallreduce", operations.allreduce(self._collectives, x, op, out))
 
     def reduce(self, x: Any, op: str = "sum", root: int = 0, out: Any = None) -> Any:
         """Like `allreduce`, with the result on rank `root` only; the others get None."""
-        return self._start("reduce", operations.reduce(self._topology, x, op, root, out)).wait()
+        return self._start("reduce", operations.reduce(self._collectives, x, op, root, out)).wait()
 
     def reduce_scatter(self, x: Any, op: str = "sum") -> Any:
         """Reduces the arrays of all ranks and leaves each rank one block of the result.
@@ -169,15 +170,15 @@ class Communicator:
         Returns:
             Block number `rank` of the reduced array: shape (x.shape[0] / size, ...).
         """
-        return self._start("reduce_scatter", operations.reduce_scatter(self._topology, x, op)).wait()
+        return self._start("reduce_scatter", operations.reduce_scatter(self._collectives, x, op)).wait()
 
     def broadcast(self, x: Any, root: int = 0) -> Any:
         """Copies root's array into the x of every rank, in place, and returns x; any dtype."""
-        return self._start("broadcast", operations.broadcast(self._topology, x, root)).wait()
+        return self._start("broadcast", operations.broadcast(self._collectives, x, root)).wait()
 
     def allgather(self, x: Any) -> Any:
         """Returns the arrays of all ranks, alike in shape, stacked in rank order: shape (size, *x.shape); any dtype."""
-        return self._start("allgather", operations.allgather(self._topology, x)).wait()
+        return self._start("allgather", operations.allgather(self._collectives, x)).wait()
 
     def alltoall(self, x: Any) -> Any:
         """Sends block r of x to rank r and returns the blocks received, in rank order; any dtype.
@@ -185,11 +186,11 @@ class Communicator:
         Args:
             x: array whose first dimension, a multiple of `size`, is cut into `size` equal blocks.
         """
-        return self._start("alltoall", operations.alltoall(self._topology, x)).wait()
+        return self._start("alltoall", operations.alltoall(self._collectives, x)).wait()
 
     def barrier(self) -> None:
         """Returns when all ranks have come."""
-        self._start("barrier", operations.barrier(self._topology)).wait()
+        self._start("barrier", operations.barrier(self._collectives)).wait()
 
     def free(self) -> None:
         """Gives the communicator back to MPI, with its node and lane; a collective.

@@ -46,6 +46,10 @@ class DeviceError(MpidlError, RuntimeError):
     """CUDA itself reported an error."""
 
 
+class SharedMemoryError(MpidlError, OSError):
+    """The ranks of a node cannot share memory: there is not enough of it, or none at all."""
+
+
 class NoMPIError(MpidlError, ImportError):
     """No MPI library was found, or the one found cannot be loaded."""
 

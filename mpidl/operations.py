@@ -1,190 +1,124 @@
-"""What a collective call does, from arrays in to arrays out, written as generators of MPI requests.
+"""What a collective call does, from arrays in to arrays out, written as generators of requests (`collectives.steps`).
 
-Each generator yields the request that must complete before it can go on and returns the call's result; `communicator`
-drives them, in the same order on all ranks. The first thing every call does is to agree on what it is (`_agree`): a
-call that differs between ranks is refused there, before any data moves. MPI works on dense arrays in host memory: what
-is strided, of half precision or on a device is brought there (`_fetch`) and back (`_Target`).
+`communicator` drives them, in the same order on all ranks. A call works on dense arrays in host memory: what is strided
+or on a device is brought there (`_fetch`) and back (`_Target`). A call that differs between ranks is refused before any
+result is written. Who moves and reduces the bytes is decided in `collectives`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator
 from typing import Any
-
-import numpy as np
 
 from mpidl import arrays, datatypes, devices, packing
 from mpidl.arrays import ArrayView
-from mpidl.errors import ArgumentError, DtypeError, ExtensionError, MismatchError
-from mpidl.topology import Topology
-
-Steps = Generator[Any, None, Any]
-_DESCRIPTION = 480  # bytes of a call's description that travel when ranks disagree
+from mpidl.collectives import Call, Collectives, Steps
+from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 
 
-@dataclass(frozen=True)
-class Call:
-    """What this rank called, or why it refuses its own arguments."""
-
-    name: str
-    arguments: str = ""
-    error: Exception | None = None
-
-    def describe(self) -> str:
-        if self.error is not None:
-            return f"{self.name} refused its arguments: {type(self.error).__name__}: {self.error}"
-        return f"{self.name}({self.arguments})"
+def barrier(ranks: Collectives) -> Steps:
+    """See `Communicator.barrier`."""
+    yield from ranks.barrier(Call("barrier"))
 
 
-def number(text: str) -> int:
-    """Returns a 62-bit number that differs when the text differs; alike on every rank, run and machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
-
-
-def barrier(topology: Topology) -> Steps:
-    """The agreement is the barrier: it completes when all ranks have come."""
-    yield from _agree(topology, Call("barrier"))
-
-
-def allreduce(topology: Topology, x: Any, op: str, out: Any) -> Steps:
+def allreduce(ranks: Collectives, x: Any, op: str, out: Any) -> Steps:
     """See `Communicator.allreduce`."""
     try:
         view = _input(x, op)
         if out is not None:
             _check_out(view, out)
-        call = Call("allreduce", f"op={op!r}, {view.dtype}, count {view.count}")
     except (TypeError, ValueError) as error:
-        view, call = None, Call("allreduce", error=error)
-    yield from _agree(topology, call)
-    assert view is not None
-    send = _widened((yield from _fetch(view)))
+        yield from ranks.barrier(Call("allreduce", error=error))
+        raise
+    send = yield from _sent(ranks, view, op)
     target = _Target(x, out, view.shape)
-    receive = target.memory_for(send)
-    yield from topology.start_allreduce(send, receive, op) if view.count else ()
-    return target.finish(receive, topology.size if op == "mean" else 1)
+    receive = target.memory_for(send, in_place=ranks.takes(send.dtype, op))
+    call = Call("allreduce", f"op={op!r}, {view.dtype}, count {view.count}")
+    yield from ranks.allreduce(call, send, receive, op)
+    return target.finish(receive)
 
 
-def reduce(topology: Topology, x: Any, op: str, root: int, out: Any) -> Steps:
+def reduce(ranks: Collectives, x: Any, op: str, root: int, out: Any) -> Steps:
     """See `Communicator.reduce`."""
     try:
         view = _input(x, op)
-        _check_root(topology, root)
+        _check_root(ranks, root)
         if out is not None:
             _check_out(view, out)
-        call = Call("reduce", f"op={op!r}, {view.dtype}, count {view.count}, root {root}")
     except (TypeError, ValueError) as error:
-        view, call = None, Call("reduce", error=error)
-    yield from _agree(topology, call)
-    assert view is not None
-    send = _widened((yield from _fetch(view)))
-    if topology.rank != root:
-        yield from topology.start_reduce(send, None, op, root) if view.count else ()
+        yield from ranks.barrier(Call("reduce", error=error))
+        raise
+    send = yield from _sent(ranks, view, op)
+    call = Call("reduce", f"op={op!r}, {view.dtype}, count {view.count}, root {root}")
+    if ranks.topology.rank != root:
+        yield from ranks.reduce(call, send, None, op, root)
         return None
     target = _Target(x, out, view.shape)
-    receive = target.memory_for(send)
-    yield from topology.start_reduce(send, receive, op, root) if view.count else ()
-    return target.finish(receive, topology.size if op == "mean" else 1)
+    receive = target.memory_for(send, in_place=ranks.takes(send.dtype, op))
+    yield from ranks.reduce(call, send, receive, op, root)
+    return target.finish(receive)
 
 
-def reduce_scatter(topology: Topology, x: Any, op: str) -> Steps:
+def reduce_scatter(ranks: Collectives, x: Any, op: str) -> Steps:
     """See `Communicator.reduce_scatter`."""
     try:
         view = _input(x, op)
-        shape = _block_shape(topology, view)
-        call = Call("reduce_scatter", f"op={op!r}, {view.dtype}, count {view.count}")
+        shape = _block_shape(ranks, view)
     except (TypeError, ValueError) as error:
-        view, call = None, Call("reduce_scatter", error=error)
-    yield from _agree(topology, call)
-    assert view is not None
-    send = _widened((yield from _fetch(view)))
+        yield from ranks.barrier(Call("reduce_scatter", error=error))
+        raise
+    send = yield from _sent(ranks, view, op)
     target = _Target(x, None, shape)
-    receive = target.memory_for(send, view.count // topology.size)
-    yield from topology.start_reduce_scatter(send, receive, op) if view.count else ()
-    return target.finish(receive, topology.size if op == "mean" else 1)
+    receive = target.memory_for(send, view.count // ranks.topology.size)
+    call = Call("reduce_scatter", f"op={op!r}, {view.dtype}, count {view.count}")
+    yield from ranks.reduce_scatter(call, send, receive, op)
+    return target.finish(receive)
 
 
-def broadcast(topology: Topology, x: Any, root: int) -> Steps:
+def broadcast(ranks: Collectives, x: Any, root: int) -> Steps:
     """See `Communicator.broadcast`."""
+    rank = ranks.topology.rank
     try:
         view = _input(x)
-        _check_root(topology, root)
-        if topology.rank != root and not view.writable:
+        _check_root(ranks, root)
+        if rank != root and not view.writable:
             raise ArgumentError("x is read-only: broadcast writes into it")
-        call = Call("broadcast", f"{view.dtype}, count {view.count}, root {root}")
     except (TypeError, ValueError) as error:
-        view, call = None, Call("broadcast", error=error)
-    yield from _agree(topology, call)
-    assert view is not None
-    if topology.rank == root:
+        yield from ranks.barrier(Call("broadcast", error=error))
+        raise
+    call = Call("broadcast", f"{view.dtype}, count {view.count}, root {root}")
+    if rank == root:
         dense = yield from _fetch(view)
-        yield from topology.start_broadcast(dense, root) if view.count else ()
+        yield from ranks.broadcast(call, dense, root)
         return x
     target = _Target(x, x, view.shape)
-    yield from topology.start_broadcast(target.host, root) if view.count else ()
-    return target.finish(target.host, 1)
+    yield from ranks.broadcast(call, target.host, root)
+    return target.finish(target.host)
 
 
-def allgather(topology: Topology, x: Any) -> Steps:
+def allgather(ranks: Collectives, x: Any) -> Steps:
     """See `Communicator.allgather`."""
     try:
         view = _input(x)
-        call = Call("allgather", f"{view.dtype}, count {view.count}")
     except (TypeError, ValueError) as error:
-        view, call = None, Call("allgather", error=error)
-    yield from _agree(topology, call)
-    assert view is not None
-    dense, target = (yield from _fetch(view)), _Target(x, None, (topology.size, *view.shape))
-    yield from topology.start_allgather(dense, target.host) if view.count else ()
-    return target.finish(target.host, 1)
+        yield from ranks.barrier(Call("allgather", error=error))
+        raise
+    dense, target = (yield from _fetch(view)), _Target(x, None, (ranks.topology.size, *view.shape))
+    yield from ranks.allgather(Call("allgather", f"{view.dtype}, count {view.count}"), dense, target.host)
+    return target.finish(target.host)
 
 
-def alltoall(topology: Topology, x: Any) -> Steps:
+def alltoall(ranks: Collectives, x: Any) -> Steps:
     """See `Communicator.alltoall`."""
     try:
         view = _input(x)
-        _block_shape(topology, view)
-        call = Call("alltoall", f"{view.dtype}, count {view.count}")
+        _block_shape(ranks, view)
     except (TypeError, ValueError) as error:
-        view, call = None, Call("alltoall", error=error)
-    yield from _agree(topology, call)
-    assert view is not None
+        yield from ranks.barrier(Call("alltoall", error=error))
+        raise
     dense, target = (yield from _fetch(view)), _Target(x, None, view.shape)
-    yield from topology.start_alltoall(dense, target.host) if view.count else ()
-    return target.finish(target.host, 1)
-
-
-def disagreement(descriptions: Iterable[str]) -> str:
-    """Returns "ranks 0, 2: this; rank 1: that" for the descriptions of ranks 0, 1, 2, ..."""
-    by_text: dict[str, list[int]] = {}
-    for rank, text in enumerate(descriptions):
-        by_text.setdefault(text, []).append(rank)
-    return "; ".join(
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()
-    )
-
-
-def _agree(topology: Topology, call: Call) -> Steps:
-    """Every rank learns whether all made this call; the smallest and the largest word travel as one minimum."""
-    text = call.describe()
-    word = np.array([topology.channel.sequence, number(text)], np.int64)
-    mine, least = np.concatenate([word, -word]), np.empty(4, np.int64)
-    yield topology.start_words_minimum(mine, least)
-    if (least[:2] != -least[2:]).any():
-        sent = np.zeros(_DESCRIPTION, np.uint8)
-        raw = text.encode()[:_DESCRIPTION]
-        sent[: len(raw)] = np.frombuffer(raw, np.uint8)
-        everyone = np.empty((topology.size, _DESCRIPTION), np.uint8)
-        yield topology.start_words_gather(sent, everyone)
-        if call.error is not None:
-            raise call.error
-        texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone]
-        raise MismatchError(
-            f"call {topology.channel.sequence} on {topology.name} differs between ranks: {disagreement(texts)}"
-        )
-    if call.error is not None:
-        raise call.error
+    yield from ranks.alltoall(Call("alltoall", f"{view.dtype}, count {view.count}"), dense, target.host)
+    return target.finish(target.host)
 
 
 def _input(x: Any, op: str | None = None) -> ArrayView:
@@ -213,17 +147,17 @@ def _check_out(x: ArrayView, out: Any) -> None:
         raise ArgumentError("out is read-only")
 
 
-def _check_root(topology: Topology, root: int) -> None:
-    if not isinstance(root, int) or not 0 <= root < topology.size:
-        raise ArgumentError(f"root is {root!r}; expected a rank from 0 to {topology.size - 1}")
+def _check_root(ranks: Collectives, root: int) -> None:
+    size = ranks.topology.size
+    if not isinstance(root, int) or not 0 <= root < size:
+        raise ArgumentError(f"root is {root!r}; expected a rank from 0 to {size - 1}")
 
 
-def _block_shape(topology: Topology, view: ArrayView) -> tuple[int, ...]:
-    if not view.shape or view.shape[0] % topology.size:
-        raise ArgumentError(
-            f"x has shape {view.shape}: its first dimension must be a multiple of the {topology.size} ranks"
-        )
-    return (view.shape[0] // topology.size, *view.shape[1:])
+def _block_shape(ranks: Collectives, view: ArrayView) -> tuple[int, ...]:
+    size = ranks.topology.size
+    if not view.shape or view.shape[0] % size:
+        raise ArgumentError(f"x has shape {view.shape}: its first dimension must be a multiple of the {size} ranks")
+    return (view.shape[0] // size, *view.shape[1:])
 
 
 def _fetch(array: ArrayView) -> Generator[Any, None, ArrayView]:
@@ -236,12 +170,18 @@ def _fetch(array: ArrayView) -> Generator[Any, None, ArrayView]:
     return host
 
 
+def _sent(ranks: Collectives, view: ArrayView, op: str) -> Generator[Any, None, ArrayView]:
+    """Returns the array dense, in host memory, in a dtype that is reduced as it stands."""
+    dense = yield from _fetch(view)
+    return dense if ranks.takes(dense.dtype, op) else _widened(dense)
+
+
 def _widened(array: ArrayView) -> ArrayView:
     """Returns a dense host array in the dtype in which it is reduced."""
     wide = datatypes.accumulator(array.dtype)
     if wide == array.dtype:
         return array
-    return _converted(array, arrays.view(np.empty(array.count, wide)))
+    return _converted(array, arrays.empty_flat(array.count, wide))
 
 
 def _converted(array: ArrayView, out: ArrayView) -> ArrayView:
@@ -275,19 +215,16 @@ class _Target:
         self._device = None if self._view.device == "cpu" else devices.of(self._view)
         self.host = self._view if self._device is None else self._device.like(self._view, shape)
 
-    def memory_for(self, send: ArrayView, count: int | None = None) -> ArrayView:
-        """Returns memory of the accumulator's dtype that does not overlap `send`."""
+    def memory_for(self, send: ArrayView, count: int | None = None, *, in_place: bool = False) -> ArrayView:
+        """Returns memory of send's dtype that does not overlap `send`; where `in_place`, it may be the same."""
         host, count = self.host, send.count if count is None else count
         apart = host.address + host.nbytes <= send.address or send.address + send.nbytes <= host.address
-        if host.dtype == send.dtype and apart:
+        if host.dtype == send.dtype and (apart or (in_place and host.address == send.address)):
             return host
-        return arrays.view(np.empty(count, send.dtype))
+        return arrays.empty_flat(count, send.dtype)
 
-    def finish(self, received: ArrayView, divisor: int) -> Any:
-        """Divides, where a mean was asked for, in the accumulator; then narrows, then copies out."""
-        if divisor != 1:
-            values = arrays.as_numpy(received)
-            np.divide(values, divisor, out=values)
+    def finish(self, received: ArrayView) -> Any:
+        """Narrows what was received, if it was wider, and copies it out."""
         if received.address != self.host.address:
             _converted(received, self.host)
         if self._device is not None:

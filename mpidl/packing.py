@@ -58,7 +58,7 @@ class Table:
 
     counts: tuple[int, ...]
     offsets: tuple[int, ...]
-    _segments: _native.Segments = field(init=False, repr=False, compare=False)
+    segments: _native.Segments = field(init=False, repr=False, compare=False)  # as the extension takes them
 
     def __post_init__(self) -> None:
         if len(self.counts) != len(self.offsets):
@@ -70,7 +70,7 @@ class Table:
             if count and offset < end:
                 raise ArgumentError(f"offsets: the segment at {offset} overlaps the one that ends at {end}")
             end = max(end, offset + count)
-        object.__setattr__(self, "_segments", _native.segments(self.counts, self.offsets))
+        object.__setattr__(self, "segments", _native.segments(self.counts, self.offsets))
 
     @property
     def extent(self) -> int:
@@ -86,7 +86,7 @@ class Table:
         scale: float = 1.0,
     ) -> Packed:
         """Pack the segments at `addresses` into the buffer at `out_address`."""
-        return Packed(*_native.gather(self._segments, addresses, source_dtype, out_address, out_dtype, scale=scale))
+        return Packed(*_native.gather(self.segments, addresses, source_dtype, out_address, out_dtype, scale=scale))
 
     def scatter(
         self,
@@ -97,7 +97,7 @@ class Table:
         scale: float = 1.0,
     ) -> Packed:
         """Unpack the buffer at `flat_address` into the segments at `addresses`."""
-        return Packed(*_native.scatter(self._segments, addresses, target_dtype, flat_address, flat_dtype, scale=scale))
+        return Packed(*_native.scatter(self.segments, addresses, target_dtype, flat_address, flat_dtype, scale=scale))
 
 
 def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packed | DevicePacked:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from mpidl import leaving
-from mpidl.bucket_memory import BucketMemory, bucket_memory
+from mpidl.bucket_memory import bucket_memory
+from mpidl.collectives import Collectives
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
 from mpidl.layout import Tensor, buckets
 from mpidl.state import Named, dtype_name
 from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader
-from mpidl.topology import Topology
 
 
 @dataclass
@@ -63,14 +63,14 @@ class Reducer:
     """Makes `p.grad` the mean over all ranks at the end of each backward pass.
 
     Args:
-        ranks: a topology of the optimiser's own.
+        ranks: the collectives of a topology of the optimiser's own.
         named: parameters to reduce, with their names, in an order equal on all ranks.
         bucket_nbytes: size of a bucket in bytes.
         statistics: where to count.
     """
 
-    def __init__(self, ranks: Topology, named: Named, bucket_nbytes: int, statistics: Statistics) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Collectives, named: Named, bucket_nbytes: int, statistics: Statistics) -> None:
+        self._collectives, self._ranks = ranks, ranks.topology
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
         tensors = [Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named]
@@ -80,7 +80,7 @@ class Reducer:
         layout_hash = 0
         for bucket in cut:
             layout_hash = (layout_hash * 31 + bucket.layout.fingerprint()) % 2**62
-        self._header = StepHeader(ranks, layout_hash)
+        self._header = StepHeader(self._ranks, layout_hash)
         self._statistics = statistics
         self._round: _Round | None = None
         self._unsynced: set[int] = set()
@@ -180,18 +180,20 @@ class Reducer:
             memory = self._memories[now.launched]
             if not memory.ready():
                 break
-            self._launch(memory)
+            self._launch(now, now.launched)
             now.launched += 1
         for memory in self._memories[: now.launched]:
             memory.advance()
 
-    def _launch(self, memory: BucketMemory) -> None:
-        memory.launch(self._ranks)
+    def _launch(self, now: _Round, number: int) -> None:
+        assert now.header is not None
+        memory = self._memories[number]
+        memory.launch(self._collectives, (self._sequence, number), now.header.total)
         self._statistics.bytes += memory.nbytes
 
     def _complete(self, now: _Round, used: set[int]) -> Header:
         """Ends a round: the rest is launched, waited for, done again where late, and written back."""
-        header = now.header or now.get_header(True)
+        header = now.header = now.header or now.get_header(True)
         assert header is not None
         self.stopping = self.stopping or header.stopping
         if not header.stepping:
@@ -203,15 +205,15 @@ class Reducer:
             for index in memory.bucket.members:
                 if index not in memory.packed:
                     self._pack(now, index)
-        for memory in self._memories[now.launched :]:  # all are on their way before the first is waited for
-            memory.ready(wait=True)
-            self._launch(memory)
+        for number in range(now.launched, len(self._memories)):  # all are on their way before the first is waited for
+            self._memories[number].ready(wait=True)
+            self._launch(now, number)
         now.launched = len(self._memories)
         for memory in self._memories:
-            memory.wait(self._ranks)
+            memory.wait(self._collectives)
         used_anywhere = self._trailer(now, used if now.weight else set())
         if self._ranks.rank in header.stepping:
-            self._write_back(used_anywhere, header.total)
+            self._write_back(used_anywhere)
         self._statistics.rounds += 1
         if len(header.stepping) < self._ranks.size:
             self.uneven = header.stepping[0]
@@ -230,20 +232,19 @@ class Reducer:
         mine = np.packbits(flags)
         self._ranks.wait(self._ranks.start_words_or(mine, agreed), "the end of a synchronised step", sequence)
         flags = np.unpackbits(agreed, count=flags.size)
-        again = [m for number, m in enumerate(self._memories) if flags[count + number]]
-        for memory in again:
-            for index in memory.bucket.members:
+        again = [number for number in range(len(self._memories)) if flags[count + number]]
+        for number in again:
+            for index in self._memories[number].bucket.members:
                 self._pack(now, index)
-            memory.ready(wait=True)
-            self._launch(memory)
-        for memory in again:
-            memory.wait(self._ranks)
+            self._memories[number].ready(wait=True)
+            self._launch(now, number)
+        for number in again:
+            self._memories[number].wait(self._collectives)
         self._statistics.nonfinite_rounds += int(flags[-1])
         return flags[:count]
 
-    def _write_back(self, used: np.ndarray[Any, Any], total: int) -> None:
+    def _write_back(self, used: np.ndarray[Any, Any]) -> None:
         for memory in self._memories:
-            memory.divide(total)
             gradients = {}
             for index in memory.bucket.members:
                 parameter = self._parameters[index]

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import leaving, operations, runtime, topology
+from mpidl import leaving, runtime, topology
+from mpidl.collectives import disagreement
 from mpidl.errors import ArgumentError, MismatchError
 from mpidl.topology import Topology
 from mpidl.waiting import Lookout
@@ -81,7 +82,7 @@ def agree_on_servers(whole: Topology, servers: int) -> None:
     found = [text.decode() for text in whole.gather_bytes(repr(servers).encode(), "agreeing on servers")]
     error: ArgumentError | MismatchError | None = None
     if len(set(found)) > 1:
-        error = MismatchError(f"world: servers differs between ranks: {operations.disagreement(found)}")
+        error = MismatchError(f"world: servers differs between ranks: {disagreement(found)}")
     elif type(servers) is not int or not 0 <= servers < whole.size:
         error = ArgumentError(
             f"servers={servers!r}: expected a whole number from 0 to {whole.size - 1}, so that of {whole.size} rank(s) "

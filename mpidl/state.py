@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl import arrays, devices, operations, topology
+from mpidl import arrays, devices, topology
 from mpidl.arrays import ArrayView
+from mpidl.collectives import disagreement, number
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError, MismatchError
 from mpidl.topology import Topology
 
@@ -108,7 +109,7 @@ def agree(ranks: Topology, what: str, description: dict[str, Any], error: Except
     """
     mine = {_REFUSED: f"{type(error).__name__}: {error}"} if error is not None else description
     payload = json.dumps(mine).encode()
-    if len(set(ranks.gather_bytes(str(operations.number(payload.decode())).encode(), what))) == 1:
+    if len(set(ranks.gather_bytes(str(number(payload.decode())).encode(), what))) == 1:
         if error is not None:
             raise error
         return
@@ -119,7 +120,7 @@ def agree(ranks: Topology, what: str, description: dict[str, Any], error: Except
     for key in sorted(keys, key=lambda key: key != _REFUSED):
         found = [json.dumps(each.get(key, "nothing")) for each in everyone]
         if len(set(found)) > 1:
-            raise MismatchError(f"{what}: {key} differs between ranks: {operations.disagreement(found)}")
+            raise MismatchError(f"{what}: {key} differs between ranks: {disagreement(found)}")
 
 
 def describe(model: torch.nn.Module, held: Held) -> dict[str, Any]:
@@ -139,11 +140,11 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module)
     """Returns the class, hyperparameters and grouping of an optimiser, as JSON-able items."""
     description: dict[str, Any] = {"the optimizer": type(optimizer).__name__}
     names = {id(p): name for name, p in model.named_parameters()}
-    for number, group in enumerate(optimizer.param_groups):
-        description[f"order of parameter group {number}"] = [names[id(p)] for p in group["params"]]
+    for place, group in enumerate(optimizer.param_groups):
+        description[f"order of parameter group {place}"] = [names[id(p)] for p in group["params"]]
         for key, value in group.items():
             if key != "params":
-                description[f"{key} of parameter group {number}"] = repr(value)
+                description[f"{key} of parameter group {place}"] = repr(value)
     return description
 
 

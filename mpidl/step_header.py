@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mpidl import leaving
+from mpidl.collectives import disagreement
 from mpidl.errors import ArgumentError, MismatchError, RankFailedError
-from mpidl.operations import disagreement
 from mpidl.topology import Topology
 
 STEPPING, FINISHED, FAILED = 1, 2, 3

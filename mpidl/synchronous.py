@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree
 
 from mpidl import state
+from mpidl.collectives import Collectives
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError
 from mpidl.optimizer import DistributedOptimizer
@@ -59,7 +60,7 @@ class Synchronous(DistributedOptimizer):
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
         nbytes = max(1, int(bucket_cap_mb * 2**20))
-        self._reducer = Reducer(self._ranks, self._held, nbytes, self.statistics)
+        self._reducer = Reducer(Collectives(self._ranks), self._held, nbytes, self.statistics)
         self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
 
     def _broadcast(self) -> None:

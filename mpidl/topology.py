@@ -270,7 +270,7 @@ def wait_all(topology: Topology, requests: list[Any], what: str, sequence: int, 
     """Waits for several requests, in order; `memory`, on which they work, is kept if a wait is given up."""
     for request in requests:
         if not request.Test():
-            topology.watch(what, sequence).until(request.Test, (requests, memory))
+            topology.watch(what, sequence).wait(request, (requests, memory))
 
 
 def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) -> Any:

@@ -86,13 +86,15 @@ class Watch:
         self._roll_called = 0.0
         self._suspects: list[str] = []
 
-    def wait(self, request: Any) -> None:
-        """Returns when `request`, an `mpi4py.MPI.Request`, has completed.
+    def wait(self, request: Any, owner: Any = None) -> None:
+        """Returns when `request`, an `mpi4py.MPI.Request` or one of mpidl's own, has completed.
+
+        One that can wait for a moment by itself (`tried`) is woken sooner than one that is only tested.
 
         Raises:
             StalledError: a rank that the call needs has left, has died, or did not come within MPIDL_TIMEOUT seconds.
         """
-        self.until(request.Test, request)
+        self.until(getattr(request, "tried", request.Test), (request, owner))
 
     def until(self, done: Callable[[], bool], owner: Any) -> None:
         """Returns when `done()` is true; `owner` holds what MPI works on, should the wait be given up."""

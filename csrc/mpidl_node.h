@@ -1,0 +1,74 @@
+/* Collectives of ranks that share a segment of memory: the interface of node.c, which states the protocol.
+ *
+ * A call never blocks for longer than its patience, so that its caller can look after signals and lost peers between
+ * two calls. mpidl/_native.py repeats these declarations.
+ */
+#ifndef MPIDL_NODE_H
+#define MPIDL_NODE_H
+
+#include "mpidl.h"
+
+enum mpidl_op { MPIDL_SUM, MPIDL_PRODUCT, MPIDL_MINIMUM, MPIDL_MAXIMUM, MPIDL_OPS };
+
+enum mpidl_kind {
+    MPIDL_AGREE, /* nothing but the words: a barrier */
+    MPIDL_ALLREDUCE,
+    MPIDL_REDUCE,         /* the result goes to `root` */
+    MPIDL_REDUCE_SCATTER, /* `input` holds a block of `count` elements for each rank */
+    MPIDL_ALLGATHER,      /* `output` holds a block of `count` elements of each rank */
+    MPIDL_BROADCAST,      /* from `input` of `root` to `output` of the others */
+    MPIDL_KINDS
+};
+
+enum mpidl_progress {
+    MPIDL_DONE,
+    MPIDL_WAITING, /* for a peer; call again */
+    MPIDL_DIFFERS  /* another rank's words are not this rank's; nothing was moved, the segment can be used further */
+};
+
+/* One rank's end of a segment. `memory` was zero before the first rank came, and is where mpidl_segment_nbytes() bytes
+ * are mapped; all but `rank` and `memory` are alike on all ranks.
+ */
+typedef struct {
+    uintptr_t memory;
+    int64_t small_nbytes; /* what travels beside the words themselves, in one turn */
+    int64_t piece_nbytes; /* what a rank takes from another, or gives it, in one turn; a multiple of 64 */
+    int32_t rank, ranks;
+    int64_t spin;           /* nanoseconds of spinning before the core is given away */
+    uint32_t calls, rounds; /* so far */
+} mpidl_node;
+
+/* One call. Flat memory has any alignment; `input` and `output` lie apart, or are equal.
+ *
+ * With `segments` above 0 the input is no flat memory but a table as in mpidl.h, sorted by offset and without gaps, of
+ * elements of `source_dtype` that are scaled and cast to `dtype` on the way; an address of 0 stands for zeros.
+ */
+typedef struct {
+    int64_t words[2]; /* what all ranks must say alike */
+    int32_t kind, op, dtype, root;
+    int64_t count;
+    double divisor; /* the result is divided by it, before it is rounded */
+    uintptr_t input, output;
+    int64_t segments;
+    const uintptr_t *addresses;
+    const int64_t *counts, *offsets;
+    double scale;
+    int32_t source_dtype;
+    int32_t finite; /* out: 1 if all that was read from the table is, after scale and cast */
+    /* How far the call has come; zero at first. */
+    int32_t phase, agreed, taken, differs;
+    int64_t rounds, staged, produced, consumed;
+} mpidl_job;
+
+/* 0 where the arguments make no sense. */
+MPIDL_API int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes);
+
+/* Whether the op is defined for the dtype here. */
+MPIDL_API int mpidl_reduces(int dtype, int op);
+
+/* Moves the call on, for up to `patience` nanoseconds after it last could: an mpidl_progress, or minus an mpidl_status
+ * if the job itself cannot be carried out. A rank's calls are made one after the other, in an order alike on all ranks.
+ */
+MPIDL_API int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience);
+
+#endif

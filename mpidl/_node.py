@@ -1,0 +1,74 @@
+"""The extension's collectives in shared memory, call by call; what they do stands in csrc/mpidl_node.h.
+
+Nothing here knows an array, a communicator or who waits: addresses and counts come checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpidl import _native
+
+KINDS = {"agree": 0, "allreduce": 1, "reduce": 2, "reduce_scatter": 3, "allgather": 4, "broadcast": 5}
+OPERATIONS = {"sum": 0, "mean": 0, "prod": 1, "min": 2, "max": 3}
+
+DONE, WAITING, DIFFERS = 0, 1, 2
+
+
+def segment_nbytes(ranks: int, small_nbytes: int, piece_nbytes: int) -> int:
+    """Bytes of shared memory for so many ranks; see csrc/mpidl_node.h for the other two."""
+    return int(_native.library().mpidl_segment_nbytes(ranks, small_nbytes, piece_nbytes))
+
+
+def reduces(dtype: str, op: str) -> bool:
+    """Whether `op` on `dtype` is carried out here."""
+    return bool(_native.library().mpidl_reduces(_native.DTYPES.get(dtype, -1), OPERATIONS[op]))
+
+
+def end(memory: int, rank: int, ranks: int, *, small_nbytes: int, piece_nbytes: int, spin: int) -> Any:
+    """One rank's end of the segment at the address `memory`, a C struct; `spin` in nanoseconds."""
+    return _native.ffi.new("mpidl_node *", (memory, small_nbytes, piece_nbytes, rank, ranks, spin, 0, 0))
+
+
+def job(
+    words: tuple[int, int],
+    kind: str,
+    dtype: str,
+    count: int,
+    addresses: tuple[int, int] = (0, 0),
+    *,
+    op: str = "sum",
+    root: int = 0,
+    divisor: float = 1.0,
+) -> Any:
+    """A call, not yet begun, a C struct; `addresses` are of input and output."""
+    return _native.ffi.new(
+        "mpidl_job *", (words, KINDS[kind], OPERATIONS[op], _native.DTYPES[dtype], root, count, divisor, *addresses)
+    )
+
+
+def read_from_table(one: Any, table: _native.Segments, addresses: Sequence[int], dtype: str, scale: float) -> Any:
+    """Makes a job read its input from the segments at `addresses` (0: zeros); keep what comes back as long as it."""
+    pointers = _native.ffi.new("uintptr_t[]", list(addresses))
+    one.segments, one.addresses, one.counts, one.offsets = len(addresses), pointers, table.counts, table.offsets
+    one.source_dtype, one.scale = _native.DTYPES[dtype], scale
+    return pointers
+
+
+_advance: Any = None
+
+
+def advance(node: Any, one: Any, patience: int) -> int:
+    """Moves a job on, waiting for up to `patience` nanoseconds; DONE, WAITING or DIFFERS.
+
+    Raises:
+        ExtensionError, DtypeError, ArgumentError: the job makes no sense; nothing has been sent.
+    """
+    global _advance
+    if _advance is None:
+        _advance = _native.library().mpidl_node_advance
+    progress: int = _advance(node, one, patience)
+    if progress < 0:
+        _native.fail(-progress, f"dtype {one.source_dtype}", f"dtype {one.dtype}", one.scale)
+    return progress

@@ -1,0 +1,81 @@
+"""How ranks find out that they made the same call, and say what differs if they did not.
+
+The word of a call is its number on the communicator and a hash of its text. In shared memory it stands beside the data;
+where MPI carries out the call it travels first, as here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from mpidl.collectives.steps import Steps
+from mpidl.errors import MismatchError
+from mpidl.topology import Topology
+
+_DESCRIPTION = 480  # bytes of a call's description that travel when ranks disagree
+
+
+@dataclass(frozen=True)
+class Call:
+    """What this rank called, or why it refuses its own arguments."""
+
+    name: str
+    arguments: str = ""
+    error: Exception | None = None
+
+    def describe(self) -> str:
+        if self.error is not None:
+            return f"{self.name} refused its arguments: {type(self.error).__name__}: {self.error}"
+        return f"{self.name}({self.arguments})"
+
+
+@lru_cache(maxsize=1024)
+def number(text: str) -> int:
+    """Returns a 62-bit number that differs when the text differs; alike on every rank, run and machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
+
+
+def disagreement(descriptions: Iterable[str]) -> str:
+    """Returns "ranks 0, 2: this; rank 1: that" for the descriptions of ranks 0, 1, 2, ..."""
+    by_text: dict[str, list[int]] = {}
+    for rank, text in enumerate(descriptions):
+        by_text.setdefault(text, []).append(rank)
+    return "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()
+    )
+
+
+def agree(topology: Topology, call: Call) -> Steps:
+    """Every rank learns whether all made this call; the smallest and the largest word travel as one minimum.
+
+    Raises:
+        MismatchError: they did not.
+        Exception: what this rank refuses its own arguments with.
+    """
+    word = np.array([topology.channel.sequence, number(call.describe())], np.int64)
+    mine, least = np.concatenate([word, -word]), np.empty(4, np.int64)
+    yield topology.start_words_minimum(mine, least)
+    if (least[:2] != -least[2:]).any():
+        yield from explain(topology, call)
+    if call.error is not None:
+        raise call.error
+
+
+def explain(topology: Topology, call: Call) -> Steps:
+    """Raises, on every rank, what the ranks called, or this rank's own error."""
+    sent = np.zeros(_DESCRIPTION, np.uint8)
+    raw = call.describe().encode()[:_DESCRIPTION]
+    sent[: len(raw)] = np.frombuffer(raw, np.uint8)
+    everyone = np.empty((topology.size, _DESCRIPTION), np.uint8)
+    yield topology.start_words_gather(sent, everyone)
+    if call.error is not None:
+        raise call.error
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone]
+    raise MismatchError(
+        f"call {topology.channel.sequence} on {topology.name} differs between ranks: {disagreement(texts)}"
+    )

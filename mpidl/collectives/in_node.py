@@ -1,0 +1,105 @@
+"""Collectives of ranks on one node, in memory that they share: slice by slice, as csrc/node.c carries them out.
+
+Here are the calls in their order, one under way at a time; which calls come here is decided in `chosen`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from mpidl import _node
+from mpidl.arrays import ArrayView
+from mpidl.collectives.sources import Source
+from mpidl.shared_memory import Segment
+
+_PATIENCE = 2_000_000  # nanoseconds in which no signal is looked after
+
+
+class Job:
+    """One call; a request, and the owner of the memory that it works on."""
+
+    __slots__ = ("_kept", "_node", "differs", "done", "struct")
+
+    def __init__(self, node: Node, struct: Any, kept: Any) -> None:
+        self._node, self.struct, self._kept = node, struct, kept
+        self.done = self.differs = False
+
+    def Test(self) -> bool:  # noqa: N802  # as MPI names it
+        """Moves on without waiting."""
+        return self.done or self._node.move(self, 0)
+
+    def tried(self) -> bool:
+        """Moves on, and waits for a moment if a peer is late."""
+        return self.done or self._node.move(self, _PATIENCE)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was read from a table is finite, once the job is done."""
+        return bool(self.struct.finite)
+
+    def end(self, *, differs: bool) -> None:
+        self.done, self.differs, self._kept = True, differs, None
+
+
+class Node:
+    """The calls of one segment, in the order in which they were started."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._end = segment.end
+        self._queue: deque[Job] = deque()
+
+    def agree(self, words: tuple[int, int]) -> Job:
+        """Nothing but the agreement, which is a barrier."""
+        return self._start(_node.job(words, "agree", "uint8", 0), None)
+
+    def reduce_like(
+        self, kind: str, words: tuple[int, int], send: ArrayView, receive: ArrayView | None, op: str, **options: Any
+    ) -> Job:
+        """Starts an allreduce, reduce or reduce_scatter; `send` and `receive` begin at one address or lie apart."""
+        count = send.count if kind != "reduce_scatter" or receive is None else receive.count
+        addresses = (send.address, 0 if receive is None else receive.address)
+        return self._start(_node.job(words, kind, send.dtype, count, addresses, op=op, **options), (send, receive))
+
+    def allgather(self, words: tuple[int, int], send: ArrayView, receive: ArrayView) -> Job:
+        """Starts collecting everybody's bytes in rank order."""
+        addresses = (send.address, receive.address)
+        return self._start(_node.job(words, "allgather", "uint8", send.nbytes, addresses), (send, receive))
+
+    def broadcast(self, words: tuple[int, int], memory: ArrayView, root: int) -> Job:
+        """Starts copying root's bytes into everybody's `memory`."""
+        addresses = (memory.address, memory.address)  # root only reads there, the others only write
+        return self._start(_node.job(words, "broadcast", "uint8", memory.nbytes, addresses, root=root), memory)
+
+    def allreduce_table(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: float) -> Job:
+        """Starts the sum of all ranks' sources over `divisor`; the copy into shared memory is the packing.
+
+        Args:
+            words: as all ranks must say them.
+            source: must not change before the job is done.
+            receive: flat, apart from the segments; each element is cast to its dtype before it is added up.
+            divisor: for each sum.
+        """
+        struct = _node.job(words, "allreduce", receive.dtype, receive.count, (0, receive.address), divisor=divisor)
+        pointers = _node.read_from_table(struct, source.table.segments, source.addresses, source.dtype, source.scale)
+        return self._start(struct, (pointers, source, receive))
+
+    def _start(self, struct: Any, kept: Any) -> Job:
+        job = Job(self, struct, kept)
+        self._queue.append(job)
+        return job
+
+    def move(self, job: Job, patience: int) -> bool:
+        """Moves calls on in their order until `job` is done; returns whether it is."""
+        queue, end = self._queue, self._end
+        while queue:
+            front = queue[0]
+            progress = _node.advance(end, front.struct, patience)
+            if progress == _node.WAITING:
+                return False
+            queue.popleft()
+            front.end(differs=progress == _node.DIFFERS)
+            if front is job:
+                return True
+        return job.done

@@ -1,0 +1,43 @@
+"""Collectives as generators: each yields the request that must complete before it can go on, and returns a result.
+
+A request is anything with `Test() -> bool`; one that can also wait for a moment has `tried() -> bool`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+Steps = Generator[Any, None, Any]
+
+
+class Driven:
+    """A generator of requests, moved on by `Test` like a single request.
+
+    Attributes:
+        result: what the generator returned, once `Test` has been true.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._pending: Any = None
+        self._done = False
+        self.result: Any = None
+
+    def Test(self) -> bool:  # noqa: N802  # as MPI names it
+        """Moves on without waiting; returns whether the generator has ended."""
+        return self._move("Test")
+
+    def tried(self) -> bool:
+        """As `Test`, but may wait for a moment."""
+        return self._move("tried")
+
+    def _move(self, how: str) -> bool:
+        while not self._done:
+            if self._pending is not None and not getattr(self._pending, how, self._pending.Test)():
+                return False
+            try:
+                self._pending = next(self._steps)
+            except StopIteration as stop:
+                self._done, self._pending, self.result = True, None, stop.value
+        return True

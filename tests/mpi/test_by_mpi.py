@@ -1,0 +1,48 @@
+"""What other files show of ranks that share memory, shown again of ranks that do not.
+
+The tests are imported; only the communicator that they get differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from test_every_size import test_all_collectives, test_means
+from test_mismatch import test_all_ranks_get_one_text_that_names_both_sides, test_only_the_call_that_differs_fails
+from test_synchronous import (
+    test_equals_one_rank_with_all_samples,
+    test_ragged_batches_are_weighed_by_their_samples,
+    test_uneven_loaders,
+)
+
+import mpidl
+
+__all__ = [
+    "test_all_collectives",
+    "test_all_ranks_get_one_text_that_names_both_sides",
+    "test_equals_one_rank_with_all_samples",
+    "test_means",
+    "test_only_the_call_that_differs_fails",
+    "test_ragged_batches_are_weighed_by_their_samples",
+    "test_uneven_loaders",
+]
+
+SIZES = (3, 4)
+WAYS = {"switched off": ("MPIDL_SHARED_MEMORY", "0"), "nodes of 2": ("MPIDL_NODE_SIZE", "2")}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: Any) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def comm(comm: mpidl.Communicator, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[mpidl.Communicator]:
+    """A copy of the communicator whose ranks cannot share memory, or not all of them."""
+    monkeypatch.setenv(*WAYS[way])
+    copy = mpidl.Communicator(comm.topology.data)
+    yield copy
+    copy.barrier()
+    copy.free()

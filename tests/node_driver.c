@@ -1,0 +1,138 @@
+/* Collectives in a segment with threads standing in for ranks, for the sanitizers: every kind, many calls behind each
+ * other, pieces so small that a call takes many rounds. All values are whole numbers, so that results are exact.
+ */
+#include <pthread.h>
+#include <sched.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "mpidl_node.h"
+
+enum { CALLS = 200, MOST = 3000, MAX = 8 };
+
+typedef struct {
+    mpidl_node node;
+    int mistakes, differing;
+} rank_state;
+
+static unsigned mixed(unsigned a) { /* the same numbers on every rank */
+    a = (a ^ 61u) ^ (a >> 16);
+    a *= 9u;
+    a ^= a >> 4;
+    a *= 0x27d4eb2du;
+    return a ^ (a >> 15);
+}
+
+static float value(int rank, int call, int64_t i) {
+    return (float)((rank + 1) * (int)(mixed((unsigned)(call * 7919 + i)) % 100));
+}
+
+static int run(mpidl_node *node, mpidl_job *job) {
+    int progress;
+    int64_t patience = mixed((unsigned)(node->rank + job->words[0])) % 2 ? 1000000 : 0;
+    do {
+        progress = mpidl_node_advance(node, job, patience);
+        if (!patience) {
+            sched_yield();
+        }
+    } while (progress == MPIDL_WAITING);
+    return progress;
+}
+
+/* What rank `rank` of `ranks` must find at `i`. */
+static float expected(const mpidl_job *job, int rank, int ranks, int call, int64_t i) {
+    if (job->kind == MPIDL_ALLGATHER) {
+        return value((int)(i / job->count), call, i % job->count);
+    }
+    if (job->kind == MPIDL_BROADCAST) {
+        return value(job->root, call, i);
+    }
+    int64_t place = job->kind == MPIDL_REDUCE_SCATTER ? rank * job->count + i : i;
+    float sum = 0;
+    for (int r = 0; r < ranks; r++) {
+        sum += value(r, call, place);
+    }
+    return sum;
+}
+
+static void *rank_main(void *argument) {
+    rank_state *state = argument;
+    mpidl_node *node = &state->node;
+    static __thread float input[MOST * MAX], output[MOST * MAX];
+    for (int call = 0; call < CALLS; call++) {
+        unsigned dice = mixed((unsigned)call);
+        mpidl_job job = {
+            .words = {call, dice}, .kind = (int32_t)(dice % MPIDL_KINDS), .dtype = MPIDL_FLOAT32, .op = MPIDL_SUM};
+        job.root = (int32_t)(dice / 8 % (unsigned)node->ranks);
+        job.count = dice / 64 % 3 ? dice / 64 % MOST : dice / 64 % 20;
+        job.divisor = 1;
+        bool in_place = job.kind == MPIDL_ALLREDUCE && call % 3 == 0;
+        for (int64_t i = 0; i < job.count * (job.kind == MPIDL_REDUCE_SCATTER ? node->ranks : 1); i++) {
+            input[i] = value(node->rank, call, i);
+        }
+        job.input = (uintptr_t)input;
+        job.output = (uintptr_t)(in_place ? input : output);
+        if (call % 50 == 49 && node->rank == 1) {
+            job.words[1]++; /* one rank makes another call: all must learn of it, and be able to go on */
+        }
+        int progress = run(node, &job);
+        if (call % 50 == 49 && node->ranks > 1) {
+            state->differing += progress == MPIDL_DIFFERS;
+            continue;
+        }
+        state->mistakes += progress != MPIDL_DONE;
+        bool has = job.kind != MPIDL_AGREE && (job.kind != MPIDL_REDUCE || node->rank == job.root) &&
+                   (job.kind != MPIDL_BROADCAST || node->rank != job.root);
+        for (int64_t i = 0; has && i < job.count * (job.kind == MPIDL_ALLGATHER ? node->ranks : 1); i++) {
+            state->mistakes += (in_place ? input : output)[i] != expected(&job, node->rank, node->ranks, call, i);
+        }
+    }
+    return NULL;
+}
+
+static int check(int ranks, int64_t small, int64_t piece) {
+    size_t nbytes = (size_t)mpidl_segment_nbytes(ranks, small, piece);
+    void *memory = aligned_alloc(4096, (nbytes + 4095) / 4096 * 4096);
+    memset(memory, 0, nbytes);
+    pthread_t threads[MAX];
+    rank_state states[MAX];
+    for (int rank = 0; rank < ranks; rank++) {
+        states[rank] = (rank_state){.node = {.memory = (uintptr_t)memory,
+                                             .small_nbytes = small,
+                                             .piece_nbytes = piece,
+                                             .rank = rank,
+                                             .ranks = ranks,
+                                             .spin = rank % 2 ? 2000 : 0,
+                                             .rounds = UINT32_MAX - 100,
+                                             .calls = 0}};
+    }
+    /* Counters begin just below the number at which they wrap around. */
+    for (int rank = 0; rank < ranks; rank++) {
+        uint32_t *counters = (uint32_t *)((char *)memory + 128 * rank);
+        counters[1] = counters[2] = counters[3] = UINT32_MAX - 100;
+    }
+    for (int rank = 0; rank < ranks; rank++) {
+        pthread_create(&threads[rank], NULL, rank_main, &states[rank]);
+    }
+    int wrong = 0;
+    for (int rank = 0; rank < ranks; rank++) {
+        pthread_join(threads[rank], NULL);
+        wrong += states[rank].mistakes + (ranks > 1 && states[rank].differing != CALLS / 50);
+    }
+    free(memory);
+    if (wrong) {
+        printf("%d ranks, small %ld, piece %ld: %d mistakes\n", ranks, (long)small, (long)piece, wrong);
+    }
+    return wrong;
+}
+
+int main(void) {
+    int wrong = 0;
+    for (int ranks = 1; ranks <= 5; ranks++) {
+        wrong += check(ranks, 64, 64) + check(ranks, 4096, 512) + check(ranks, 0, 1024);
+    }
+    printf("collectives of threads: %s\n", wrong ? "WRONG" : "right");
+    return wrong != 0;
+}
