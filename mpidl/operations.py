@@ -2,8 +2,8 @@
 
 Each generator yields the request that must complete before it can go on and returns the call's result; `communicator`
 drives them, in the same order on all ranks. The first thing every call does is to agree on what it is (`_agree`): a
-call that differs between ranks is refused there, before any data moves. MPI works on dense arrays in host memory: what
-is strided, of half precision or on a device is brought there (`_fetch`) and back (`_Target`).
+call that differs between ranks is refused there, before any data moves. How arrays come to MPI and back, whatever their
+strides, precision and device, stands in `transfer`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import arrays, datatypes, devices, packing
+from mpidl import arrays, cuda_aware, datatypes, devices
 from mpidl.arrays import ArrayView
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError, MismatchError
 from mpidl.topology import Topology
+from mpidl.transfer import Target, carry_out, fetch, widened
 
 Steps = Generator[Any, None, Any]
 _DESCRIPTION = 480  # bytes of a call's description that travel when ranks disagree
@@ -31,6 +32,7 @@ class Call:
     name: str
     arguments: str = ""
     error: Exception | None = None
+    device: str = "cpu"  # of this rank's array; may differ between ranks
 
     def describe(self) -> str:
         if self.error is not None:
@@ -54,15 +56,15 @@ def allreduce(topology: Topology, x: Any, op: str, out: Any) -> Steps:
         view = _input(x, op)
         if out is not None:
             _check_out(view, out)
-        call = Call("allreduce", f"op={op!r}, {view.dtype}, count {view.count}")
+        call = Call("allreduce", f"op={op!r}, {view.dtype}, count {view.count}", device=view.device)
     except (TypeError, ValueError) as error:
         view, call = None, Call("allreduce", error=error)
-    yield from _agree(topology, call)
+    direct = yield from _agree(topology, call)
     assert view is not None
-    send = _widened((yield from _fetch(view)))
-    target = _Target(x, out, view.shape)
+    send = widened((yield from fetch(view, direct)))
+    target = Target(x, out, view.shape, direct)
     receive = target.memory_for(send)
-    yield from topology.start_allreduce(send, receive, op) if view.count else ()
+    yield from carry_out(topology.start_allreduce, send, receive, op)
     return target.finish(receive, topology.size if op == "mean" else 1)
 
 
@@ -73,18 +75,18 @@ def reduce(topology: Topology, x: Any, op: str, root: int, out: Any) -> Steps:
         _check_root(topology, root)
         if out is not None:
             _check_out(view, out)
-        call = Call("reduce", f"op={op!r}, {view.dtype}, count {view.count}, root {root}")
+        call = Call("reduce", f"op={op!r}, {view.dtype}, count {view.count}, root {root}", device=view.device)
     except (TypeError, ValueError) as error:
         view, call = None, Call("reduce", error=error)
-    yield from _agree(topology, call)
+    direct = yield from _agree(topology, call)
     assert view is not None
-    send = _widened((yield from _fetch(view)))
+    send = widened((yield from fetch(view, direct)))
     if topology.rank != root:
-        yield from topology.start_reduce(send, None, op, root) if view.count else ()
+        yield from carry_out(topology.start_reduce, send, None, op, root)
         return None
-    target = _Target(x, out, view.shape)
+    target = Target(x, out, view.shape, direct)
     receive = target.memory_for(send)
-    yield from topology.start_reduce(send, receive, op, root) if view.count else ()
+    yield from carry_out(topology.start_reduce, send, receive, op, root)
     return target.finish(receive, topology.size if op == "mean" else 1)
 
 
@@ -93,15 +95,15 @@ def reduce_scatter(topology: Topology, x: Any, op: str) -> Steps:
     try:
         view = _input(x, op)
         shape = _block_shape(topology, view)
-        call = Call("reduce_scatter", f"op={op!r}, {view.dtype}, count {view.count}")
+        call = Call("reduce_scatter", f"op={op!r}, {view.dtype}, count {view.count}", device=view.device)
     except (TypeError, ValueError) as error:
         view, call = None, Call("reduce_scatter", error=error)
-    yield from _agree(topology, call)
+    direct = yield from _agree(topology, call)
     assert view is not None
-    send = _widened((yield from _fetch(view)))
-    target = _Target(x, None, shape)
+    send = widened((yield from fetch(view, direct)))
+    target = Target(x, None, shape, direct)
     receive = target.memory_for(send, view.count // topology.size)
-    yield from topology.start_reduce_scatter(send, receive, op) if view.count else ()
+    yield from carry_out(topology.start_reduce_scatter, send, receive, op)
     return target.finish(receive, topology.size if op == "mean" else 1)
 
 
@@ -112,32 +114,32 @@ def broadcast(topology: Topology, x: Any, root: int) -> Steps:
         _check_root(topology, root)
         if topology.rank != root and not view.writable:
             raise ArgumentError("x is read-only: broadcast writes into it")
-        call = Call("broadcast", f"{view.dtype}, count {view.count}, root {root}")
+        call = Call("broadcast", f"{view.dtype}, count {view.count}, root {root}", device=view.device)
     except (TypeError, ValueError) as error:
         view, call = None, Call("broadcast", error=error)
-    yield from _agree(topology, call)
+    direct = yield from _agree(topology, call)
     assert view is not None
     if topology.rank == root:
-        dense = yield from _fetch(view)
-        yield from topology.start_broadcast(dense, root) if view.count else ()
+        dense = yield from fetch(view, direct)
+        yield from carry_out(topology.start_broadcast, dense, root)
         return x
-    target = _Target(x, x, view.shape)
-    yield from topology.start_broadcast(target.host, root) if view.count else ()
-    return target.finish(target.host, 1)
+    target = Target(x, x, view.shape, direct)
+    yield from carry_out(topology.start_broadcast, target.memory, root)
+    return target.finish(target.memory, 1)
 
 
 def allgather(topology: Topology, x: Any) -> Steps:
     """See `Communicator.allgather`."""
     try:
         view = _input(x)
-        call = Call("allgather", f"{view.dtype}, count {view.count}")
+        call = Call("allgather", f"{view.dtype}, count {view.count}", device=view.device)
     except (TypeError, ValueError) as error:
         view, call = None, Call("allgather", error=error)
-    yield from _agree(topology, call)
+    direct = yield from _agree(topology, call)
     assert view is not None
-    dense, target = (yield from _fetch(view)), _Target(x, None, (topology.size, *view.shape))
-    yield from topology.start_allgather(dense, target.host) if view.count else ()
-    return target.finish(target.host, 1)
+    dense, target = (yield from fetch(view, direct)), Target(x, None, (topology.size, *view.shape), direct)
+    yield from carry_out(topology.start_allgather, dense, target.memory)
+    return target.finish(target.memory, 1)
 
 
 def alltoall(topology: Topology, x: Any) -> Steps:
@@ -145,14 +147,14 @@ def alltoall(topology: Topology, x: Any) -> Steps:
     try:
         view = _input(x)
         _block_shape(topology, view)
-        call = Call("alltoall", f"{view.dtype}, count {view.count}")
+        call = Call("alltoall", f"{view.dtype}, count {view.count}", device=view.device)
     except (TypeError, ValueError) as error:
         view, call = None, Call("alltoall", error=error)
-    yield from _agree(topology, call)
+    direct = yield from _agree(topology, call)
     assert view is not None
-    dense, target = (yield from _fetch(view)), _Target(x, None, view.shape)
-    yield from topology.start_alltoall(dense, target.host) if view.count else ()
-    return target.finish(target.host, 1)
+    dense, target = (yield from fetch(view, direct)), Target(x, None, view.shape, direct)
+    yield from carry_out(topology.start_alltoall, dense, target.memory)
+    return target.finish(target.memory, 1)
 
 
 def disagreement(descriptions: Iterable[str]) -> str:
@@ -165,13 +167,20 @@ def disagreement(descriptions: Iterable[str]) -> str:
     )
 
 
-def _agree(topology: Topology, call: Call) -> Steps:
-    """Every rank learns whether all made this call; the smallest and the largest word travel as one minimum."""
+def _agree(topology: Topology, call: Call) -> Generator[Any, None, bool]:
+    """Every rank learns whether all made this call; the smallest and the largest word travel as one minimum.
+
+    So does that some rank, given an array on a device, wants to know whether MPI works on it itself: then all decide.
+
+    Returns:
+        Whether MPI works on this rank's array where it lies, although that is on a device.
+    """
     text = call.describe()
     word = np.array([topology.channel.sequence, number(text)], np.int64)
-    mine, least = np.concatenate([word, -word]), np.empty(4, np.int64)
+    wish = cuda_aware.undecided(topology, call.device)
+    mine, least = np.array([*word, *-word, -wish], np.int64), np.empty(5, np.int64)
     yield topology.start_words_minimum(mine, least)
-    if (least[:2] != -least[2:]).any():
+    if (least[:2] != -least[2:4]).any():
         sent = np.zeros(_DESCRIPTION, np.uint8)
         raw = text.encode()[:_DESCRIPTION]
         sent[: len(raw)] = np.frombuffer(raw, np.uint8)
@@ -185,6 +194,9 @@ def _agree(topology: Topology, call: Call) -> Steps:
         )
     if call.error is not None:
         raise call.error
+    if least[4]:
+        yield from cuda_aware.decide(topology, call.device)
+    return cuda_aware.direct(topology, call.device)
 
 
 def _input(x: Any, op: str | None = None) -> ArrayView:
@@ -192,6 +204,7 @@ def _input(x: Any, op: str | None = None) -> ArrayView:
     if view.device != "cpu":
         try:
             devices.of(view)
+            cuda_aware.setting()  # refuses what makes no sense
         except ExtensionError as error:  # said as what it is for this call, so that the other ranks learn of it
             raise DtypeError(f"x is on {view.device}: {error}") from error
     if op is not None:
@@ -224,76 +237,3 @@ def _block_shape(topology: Topology, view: ArrayView) -> tuple[int, ...]:
             f"x has shape {view.shape}: its first dimension must be a multiple of the {topology.size} ranks"
         )
     return (view.shape[0] // topology.size, *view.shape[1:])
-
-
-def _fetch(array: ArrayView) -> Generator[Any, None, ArrayView]:
-    """Returns the array dense and in host memory; copies what is not, from a device in the order of its stream."""
-    dense = array if array.contiguous else arrays.view(arrays.contiguous(array.owner))
-    if dense.device == "cpu":
-        return dense
-    host, copied = devices.of(dense).fetch(dense)
-    yield copied
-    return host
-
-
-def _widened(array: ArrayView) -> ArrayView:
-    """Returns a dense host array in the dtype in which it is reduced."""
-    wide = datatypes.accumulator(array.dtype)
-    if wide == array.dtype:
-        return array
-    return _converted(array, arrays.view(np.empty(array.count, wide)))
-
-
-def _converted(array: ArrayView, out: ArrayView) -> ArrayView:
-    """Copies a dense host array into another of the same count, and returns that."""
-    if array.dtype == out.dtype:  # of any dtype, also those that packing does not know
-        arrays.as_numpy(out)[...] = arrays.as_numpy(array)
-        return out
-    packing.Table((array.count,), (0,)).gather([array.address], array.dtype, out.address, out.dtype)
-    return out
-
-
-class _Target:
-    """Where a call's result ends: `out`, or a new array like x; through memory of its own where MPI cannot write there.
-
-    Args:
-        x: what the call was given.
-        out: an array for the result, or None.
-        shape: of the result.
-
-    Attributes:
-        host: host memory in the result's dtype, which MPI may write.
-    """
-
-    def __init__(self, x: Any, out: Any, shape: tuple[int, ...]) -> None:
-        self._out = out
-        self._result = arrays.empty_like(x, shape) if out is None else out
-        self._view = arrays.view(self._result)
-        if not self._view.contiguous:
-            self._result = arrays.empty_like(x, shape)
-            self._view = arrays.view(self._result)
-        self._device = None if self._view.device == "cpu" else devices.of(self._view)
-        self.host = self._view if self._device is None else self._device.like(self._view, shape)
-
-    def memory_for(self, send: ArrayView, count: int | None = None) -> ArrayView:
-        """Returns memory of the accumulator's dtype that does not overlap `send`."""
-        host, count = self.host, send.count if count is None else count
-        apart = host.address + host.nbytes <= send.address or send.address + send.nbytes <= host.address
-        if host.dtype == send.dtype and apart:
-            return host
-        return arrays.view(np.empty(count, send.dtype))
-
-    def finish(self, received: ArrayView, divisor: int) -> Any:
-        """Divides, where a mean was asked for, in the accumulator; then narrows, then copies out."""
-        if divisor != 1:
-            values = arrays.as_numpy(received)
-            np.divide(values, divisor, out=values)
-        if received.address != self.host.address:
-            _converted(received, self.host)
-        if self._device is not None:
-            self._device.deliver(self.host, self._view)
-        arrays.mark_written(self._view)
-        if self._out is not None and self._out is not self._result:
-            arrays.copy_into(self._out, self._result)
-            return self._out
-        return self._result
