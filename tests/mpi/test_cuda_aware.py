@@ -6,6 +6,7 @@ The tests of test_devices.py that move data run here once more, with an MPI that
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -208,6 +209,22 @@ def test_a_child_sees_nothing_of_the_launcher(comm):
     gone = {name for name in mine if name not in left}
     assert {"SLURM_PROCID", "PMIX_RANK"} <= gone
     assert gone >= {name for name in mine if name in ("PMI_RANK", "PMI_FD", "OMPI_COMM_WORLD_RANK")}
+
+
+def test_the_program_of_a_child_starts_mpi_alone_and_looks_for_the_device(world_comm):
+    """All others put another program in its place; that one is the same but for the device."""
+    done = subprocess.run(
+        cuda_aware._command("fake:0"),
+        cwd=Path(cuda_aware.__file__).parents[1],
+        env=cuda_aware.environment(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "ArgumentError: arrays on fake:0 cannot be used: expected cpu or cuda" in done.stderr
+    assert "rank 0 of 1 leaves too early" in done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device: this has never run on hardware")
