@@ -174,14 +174,16 @@ def extent(array: ArrayView) -> tuple[int, int]:
     return low, array.address + sum(step for step in reach if step > 0) + array.itemsize
 
 
-def empty_like(x: object, shape: tuple[int, ...] | None = None) -> Any:
-    """A new C-contiguous array of x's kind, dtype and device, outside autograd; `shape` replaces x's."""
+def empty_like(x: object, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> Any:
+    """A new C-contiguous array of x's kind, dtype and device, outside autograd; `shape` and `dtype` replace x's."""
     array = view(x)
     wanted = array.shape if shape is None else shape
     if array.kind == "torch":
-        return array.owner.new_empty(wanted)
-    module = np if array.kind == "numpy" else sys.modules["cupy"]
-    return module.empty(wanted, dtype=array.owner.dtype)
+        return array.owner.new_empty(wanted, dtype=getattr(sys.modules["torch"], dtype or array.dtype))
+    if array.kind == "numpy":
+        return np.empty(wanted, dtype or array.dtype)
+    with array.owner.device:  # cupy allocates on the current one
+        return sys.modules["cupy"].empty(wanted, dtype=dtype or array.dtype)
 
 
 def empty_flat(count: int, dtype: str) -> ArrayView:
@@ -214,6 +216,17 @@ def copy_into(destination: object, source: object) -> None:
         to.owner.copy_(from_.owner)
     else:
         to.owner[...] = from_.owner
+
+
+def divide(array: ArrayView, divisor: int) -> None:
+    """Divides a dense array of floating or complex numbers in place; on a device in the order of its stream."""
+    if array.device == "cpu":
+        values = as_numpy(array)
+        np.divide(values, divisor, out=values)
+    elif array.kind == "torch":  # on CUDA torch would multiply by the reciprocal of a plain number
+        array.owner.div_(array.owner.new_full((), divisor))
+    else:
+        array.owner[...] /= divisor
 
 
 def as_numpy(array: ArrayView) -> np.ndarray[Any, Any]:

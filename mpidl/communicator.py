@@ -78,7 +78,7 @@ class Communicator:
 
     Every method except the attributes is a collective: all ranks of the communicator make the same calls in the same
     order. What comes back is of the kind, dtype and device of what went in, and detached. float16 and bfloat16 are
-    reduced in float32. MPI only ever sees host memory: what lies on a device goes through pinned memory, in the order
+    reduced in float32. What lies on a device goes through pinned host memory (or not: see `cuda_aware`), in the order
     of the stream that is current for its kind, and the result is there in that order too. A call that differs between
     ranks raises `MismatchError` on all of them; a rank that never comes makes the others raise `StalledError`. Calls
     from several threads at once are not supported.
@@ -110,7 +110,7 @@ class Communicator:
 
     def _set_up(self, ranks: Topology, service: Service | None = None) -> None:
         self._topology = ranks
-        self._collectives = Collectives(ranks)
+        self._collectives = Collectives(ranks, directly=True)
         self.service = service  # how the floors above reach the servers
         self.servers = len(service.servers) if service is not None else 0
         self._queue: deque[Request] = deque()

@@ -1,7 +1,7 @@
 """What the memory of an array's device takes: staging in pinned host memory, in the order of the caller's stream.
 
-MPI sees host memory only; how an array on a device comes there and back stands here and nowhere else. A `Device` is
-found by an array's view and works through the CUDA library; torch and cupy are asked for their current stream only.
+How an array on a device comes to the host and back stands here and nowhere else. A `Device` is found by an array's view
+and works through the CUDA library; torch and cupy are asked for their current stream only.
 Never run on hardware: the tests register a device whose memory is the host's and whose streams run as late as allowed.
 """
 
@@ -220,18 +220,23 @@ class Device:
 
 
 def of(array: ArrayView) -> Device:
-    """Returns the device on which an array lies, which is not the host.
+    """Returns the device on which an array lies, which is not the host; raises as `named` does."""
+    return named(array.device)
+
+
+def named(name: str) -> Device:
+    """Returns a device by its kind and number, such as "cuda:0".
 
     Raises:
         ExtensionError: mpidl was built without CUDA.
         ArgumentError: no such kind of device is known.
     """
-    if array.device not in _devices:
-        kind, _, number = array.device.partition(":")
+    if name not in _devices:
+        kind, _, number = name.partition(":")
         if kind not in _makers:
-            raise ArgumentError(f"arrays on {array.device} cannot be used: expected cpu or {', '.join(_makers)}")
-        _devices[array.device] = _makers[kind](int(number or 0))
-    return _devices[array.device]
+            raise ArgumentError(f"arrays on {name} cannot be used: expected cpu or {', '.join(_makers)}")
+        _devices[name] = _makers[kind](int(number or 0))
+    return _devices[name]
 
 
 def register(kind: str, maker: Callable[[int], Device] | None) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, TypeAlias
 from mpidl.cli.finding import Finding, everywhere
 from mpidl.cli.launch_checks import launcher, ranks_per_node
 from mpidl.cli.network_checks import one_sided, one_sided_between_nodes, speed_between_nodes, speed_in_nodes
-from mpidl.errors import ArgumentError, ExtensionError
+from mpidl.errors import ArgumentError, DeviceError, ExtensionError
 
 if TYPE_CHECKING:
     from mpidl.communicator import Communicator
 
 Check: TypeAlias = "Callable[[Communicator], Finding | None]"  # None: it has no object, such as a second node
+_DEVICE = "cuda:0"  # of the GPUs that this rank sees; MPI treats all alike
 _SMALL_SHARED_MEMORY = 256 * 2**20  # bytes; containers give 64 MiB unless told otherwise
 
 
@@ -123,6 +124,33 @@ def _extension_answer() -> dict[str, str]:
     return {"complaint": complaint, "instructions": _native.instructions()}
 
 
+def device_memory(world: Communicator) -> Finding:
+    """How arrays on a GPU come to MPI; if MPIDL_CUDA_AWARE asks for it, a child of each rank tries the direct way."""
+    from mpidl import cuda_aware
+
+    subject = "GPU arrays"
+    complaints = [one for one in everywhere(world, _device_complaint()) if one]
+    if complaints:
+        return Finding("FAIL" if cuda_aware.VARIABLE in complaints[0] else "ok", subject, complaints[0])
+    decision = cuda_aware.decide_now(world.topology, _DEVICE)
+    if decision.direct:
+        return Finding("ok", subject, f"go to MPI directly ({decision.reasons})")
+    staged = f"go to MPI through pinned host memory ({decision.reasons})"
+    return Finding("WARN" if f"{cuda_aware.VARIABLE}=1" in decision.reasons else "ok", subject, staged)
+
+
+def _device_complaint() -> str:
+    """Why this rank cannot use a GPU, or empty."""
+    from mpidl import cuda_aware, devices
+
+    try:
+        cuda_aware.setting()
+        devices.Memory(devices.named(_DEVICE), 1)
+    except (ArgumentError, DeviceError, ExtensionError) as error:
+        return str(error)
+    return ""
+
+
 # These need nothing but MPI,
 LAUNCH: tuple[Check, ...] = (mpi_library, thread_level, launcher, ranks_per_node)
 # and these what training needs, after `load`.
@@ -130,6 +158,7 @@ MACHINE: tuple[Check, ...] = (
     threads,
     shared_memory,
     extension,
+    device_memory,
     one_sided,
     one_sided_between_nodes,
     speed_in_nodes,

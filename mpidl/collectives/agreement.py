@@ -7,12 +7,14 @@ where MPI carries out the call it travels first, as here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from mpidl import cuda_aware
 from mpidl.collectives.steps import Steps
 from mpidl.errors import MismatchError
 from mpidl.topology import Topology
@@ -26,7 +28,10 @@ class Call:
 
     name: str
     arguments: str = ""
+    device: str = "cpu"  # of this rank's array; may differ between ranks
     error: Exception | None = None
+    agreed: bool = False  # the ranks know that all made this call
+    direct: bool = False  # MPI works on this rank's array where it lies, although that is on a device
 
     def describe(self) -> str:
         if self.error is not None:
@@ -50,20 +55,26 @@ def disagreement(descriptions: Iterable[str]) -> str:
     )
 
 
-def agree(topology: Topology, call: Call) -> Steps:
+def agree(topology: Topology, call: Call) -> Generator[Any, None, Call]:
     """Every rank learns whether all made this call; the smallest and the largest word travel as one minimum.
+
+    So does that some rank, given an array on a device, wants to know whether MPI works on it itself: then all decide.
 
     Raises:
         MismatchError: they did not.
         Exception: what this rank refuses its own arguments with.
     """
     word = np.array([topology.channel.sequence, number(call.describe())], np.int64)
-    mine, least = np.concatenate([word, -word]), np.empty(4, np.int64)
+    wish = cuda_aware.undecided(topology, call.device)
+    mine, least = np.array([*word, *-word, -wish], np.int64), np.empty(5, np.int64)
     yield topology.start_words_minimum(mine, least)
-    if (least[:2] != -least[2:]).any():
+    if (least[:2] != -least[2:4]).any():
         yield from explain(topology, call)
     if call.error is not None:
         raise call.error
+    if least[4]:
+        yield from cuda_aware.decide(topology, call.device)
+    return replace(call, agreed=True, direct=cuda_aware.direct(topology, call.device))
 
 
 def explain(topology: Topology, call: Call) -> Steps:

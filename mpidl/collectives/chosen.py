@@ -5,43 +5,58 @@ All ranks choose alike, by what the call's word says (operation, dtype, count) a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
 
-from mpidl import _node, arrays, shared_memory
+from mpidl import _node, arrays, cuda_aware, shared_memory
 from mpidl.arrays import ArrayView
 from mpidl.collectives.agreement import Call, agree, explain, number
 from mpidl.collectives.in_node import Job, Node
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
 from mpidl.topology import Topology
+from mpidl.transfer import carry_out
 
 
 class Collectives:
-    """The collectives of one topology's ranks on flat host memory; making one is a collective.
+    """The collectives of one topology's ranks on flat memory; making one is a collective.
 
-    Every method is a generator (see `steps`) that first makes sure that all ranks made the same call.
+    The methods that carry out a call are generators (see `steps`). A call begins with `begin`; where ranks share memory
+    the agreement then travels with the data.
+
+    Args:
+        topology: whose ranks.
+        directly: whether arrays on a device may be given, for MPI to work on them itself. If some rank asks for that
+            (`cuda_aware`), no memory is shared: all ranks must choose alike, wherever their arrays are.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, *, directly: bool = False) -> None:
         self.topology = topology
-        segment = shared_memory.make_segment(topology) if shared_memory.possible(topology) else None
-        self.node: Node | None = None if segment is None else Node(segment)
+        self.node: Node | None = None
+        if shared_memory.possible(topology) and not (directly and _some_rank_goes_direct(topology)):
+            segment = shared_memory.make_segment(topology)
+            self.node = None if segment is None else Node(segment)
 
     def takes(self, dtype: str, op: str) -> bool:
-        """Whether reductions of `dtype` need no wider accumulator than the dtype itself."""
+        """Whether `dtype` is reduced by `op` as it stands, in place too; otherwise give its accumulator, apart."""
         return self.node is not None and _node.reduces(dtype, op)
 
-    def barrier(self, call: Call) -> Steps:
-        """The agreement is the barrier: it completes when all ranks have come. Raises this rank's own refusal too."""
-        if self.node is None:
-            yield from agree(self.topology, call)
-            return
-        yield from self._done(call, self.node.agree(self._words(call)))
-        if call.error is not None:
-            raise call.error
+    def begin(self, call: Call) -> Generator[Any, None, Call]:
+        """Returns the call as the other methods want it: agreed on, if that cannot travel with the data."""
+        if self.node is not None:
+            return call
+        return (yield from agree(self.topology, call))
+
+    def refuse(self, name: str, error: Exception) -> Steps:
+        """Tells all ranks that this one refuses its arguments; raises `error`."""
+        yield from self._agree(Call(name, error=error))
+        raise error
+
+    def barrier(self) -> Steps:
+        """The agreement is the barrier: it completes when all ranks have come."""
+        yield from self._agree((yield from self.begin(Call("barrier"))))
 
     def allreduce(self, call: Call, send: ArrayView, receive: ArrayView, op: str) -> Steps:
         """Reduces `send` into `receive`; they lie apart, or in shared memory only begin at one address."""
@@ -58,23 +73,21 @@ class Collectives:
     def broadcast(self, call: Call, memory: ArrayView, root: int) -> Steps:
         """Copies root's bytes into everybody's `memory`."""
         if self.node is None:
-            yield from agree(self.topology, call)
-            yield from self.topology.start_broadcast(memory, root) if memory.count else ()
-            return
-        yield from self._done(call, self.node.broadcast(self._words(call), memory, root))
+            yield from carry_out(self.topology.start_broadcast, memory, root)
+        else:
+            yield from self._done(call, self.node.broadcast(self._words(call), memory, root))
 
     def allgather(self, call: Call, send: ArrayView, receive: ArrayView) -> Steps:
         """Collects everybody's `send`, alike in size, in rank order in `receive`."""
         if self.node is None:
-            yield from agree(self.topology, call)
-            yield from self.topology.start_allgather(send, receive) if send.count else ()
-            return
-        yield from self._done(call, self.node.allgather(self._words(call), send, receive))
+            yield from carry_out(self.topology.start_allgather, send, receive)
+        else:
+            yield from self._done(call, self.node.allgather(self._words(call), send, receive))
 
     def alltoall(self, call: Call, send: ArrayView, receive: ArrayView) -> Steps:
         """Sends block r of `send` to rank r and collects the blocks that come back, in rank order."""
-        yield from self.barrier(call)
-        yield from self.topology.start_alltoall(send, receive) if send.count else ()
+        yield from self._agree(call)
+        yield from carry_out(self.topology.start_alltoall, send, receive)
 
     def _reduce(
         self, kind: str, call: Call, send: ArrayView, receive: ArrayView | None, op: str, *, root: int = 0
@@ -85,13 +98,26 @@ class Collectives:
             words = self._words(call)
             yield from self._done(call, self.node.reduce_like(kind, words, send, receive, op, **options))
             return
-        yield from self.barrier(call)
-        if send.count:
-            start: Any = getattr(self.topology, f"start_{kind}")
-            yield from start(send, receive, op, root) if kind == "reduce" else start(send, receive, op)
-            if divisor != 1 and receive is not None:
-                values = arrays.as_numpy(receive)
-                np.divide(values, divisor, out=values)
+        yield from self._agree(call)
+        rest = (receive, op, root) if kind == "reduce" else (receive, op)
+        yield from carry_out(getattr(self.topology, f"start_{kind}"), send, *rest)
+        if divisor != 1 and receive is not None:
+            arrays.divide(receive, divisor)
+
+    def _agree(self, call: Call) -> Steps:
+        """Makes sure that all ranks made this call, unless they know."""
+        if self.node is not None:
+            yield from self._done(call, self.node.agree(self._words(call)))
+        elif not call.agreed:
+            yield from agree(self.topology, call)
+
+    def _words(self, call: Call) -> tuple[int, int]:
+        return self.topology.channel.sequence, number(call.describe())
+
+    def _done(self, call: Call, job: Job) -> Steps:
+        yield job
+        if job.differs:
+            yield from explain(self.topology, call)
 
     # For the reducer, whose step header has agreed on everything: what begins here is a request, not a generator.
 
@@ -116,17 +142,13 @@ class Collectives:
         finite = source.gather(send)
         return self.start_sum(words, send, receive, divisor), lambda: finite
 
-    def _words(self, call: Call) -> tuple[int, int]:
-        return self.topology.channel.sequence, number(call.describe())
 
-    def _done(self, call: Call, job: Job) -> Steps:
-        yield job
-        if job.differs:
-            yield from explain(self.topology, call)
+def _some_rank_goes_direct(topology: Topology) -> bool:
+    wish = np.array([cuda_aware.setting() != "0"], np.int64)
+    return bool(topology.gather_words(wish, "asking for CUDA-aware MPI").any())
 
 
 def _sum_by_mpi(topology: Topology, send: ArrayView, receive: ArrayView, divisor: int) -> Steps:
     yield from topology.start_allreduce(send, receive, "sum")
     if divisor != 1:
-        values = arrays.as_numpy(receive)
-        np.divide(values, divisor, out=values)
+        arrays.divide(receive, divisor)

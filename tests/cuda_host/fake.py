@@ -4,7 +4,8 @@ torch cannot be taught a device without a backend in C++, so CPU tensors pose as
 
 * `Fake.tensor` puts one into memory that only the device may touch: a look at it by anything else is a fault;
 * with `everything`, every tensor does. torch computes on them at once, so `Fake.synchronize` stands where on a real
-  device the stream would keep the order: between what mpidl has put on it and what torch does next.
+  device the stream would keep the order: between what mpidl has put on it and what torch does next. `Fake.ordered`
+  puts it before each thing that torch does.
 """
 
 from __future__ import annotations
@@ -17,8 +18,19 @@ from typing import Any
 import pytest
 import torch
 from host_build import Memory, finish, host_cuda, owns, unlocked
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpidl import arrays, devices
+
+
+class _InOrder(TorchDispatchMode):
+    def __init__(self, fake: Fake) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._fake.synchronize()
+        return func(*args, **(kwargs or {}))
 
 
 class Fake:
@@ -58,12 +70,16 @@ class Fake:
         """Carries out what is on the stream."""
         finish(self.stream)
 
+    def ordered(self) -> TorchDispatchMode:
+        """While entered, torch's work comes after what is on the stream."""
+        return _InOrder(self)
+
     # What torch would do on the device, in the order of its stream.
 
-    def empty_like(self, x: Any, shape: Any = None) -> Any:
+    def empty_like(self, x: Any, shape: Any = None, dtype: str | None = None) -> Any:
         if not isinstance(x, torch.Tensor) or self.where(x) == "cpu":
-            return _ORIGINAL["empty_like"](x, shape)
-        return self.empty(x.shape if shape is None else shape, x.dtype)
+            return _ORIGINAL["empty_like"](x, shape, dtype)
+        return self.empty(x.shape if shape is None else shape, getattr(torch, dtype) if dtype else x.dtype)
 
     def contiguous(self, x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or self.where(x) == "cpu" or x.is_contiguous():
@@ -75,8 +91,13 @@ class Fake:
         with unlocked():
             _ORIGINAL["copy_into"](destination, source)
 
+    def divide(self, array: arrays.ArrayView, divisor: int) -> None:
+        self.synchronize()
+        with unlocked():
+            _ORIGINAL["divide"](array, divisor)
 
-_ORIGINAL = {name: getattr(arrays, name) for name in ("empty_like", "contiguous", "copy_into")}
+
+_ORIGINAL = {name: getattr(arrays, name) for name in ("empty_like", "contiguous", "copy_into", "divide")}
 
 
 @contextmanager

@@ -110,6 +110,11 @@ def allocations() -> int:
     return ctypes.c_int64.in_dll(_control(), "cuda_host_allocations").value
 
 
+def copies() -> int:
+    """Copies put on streams so far."""
+    return ctypes.c_int64.in_dll(_control(), "cuda_host_copies").value
+
+
 def owns(address: int) -> bool:
     """Whether an address lies in memory of the device."""
     return bool(_control().cuda_host_owns(ctypes.c_void_p(address)))
@@ -123,3 +128,13 @@ def unlocked() -> Iterator[None]:
         yield
     finally:
         _control().cuda_host_open(0)
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """What an MPI that works on the device's memory itself may touch: all of it, any time, in no stream's order."""
+    _control().cuda_host_share(1)
+    try:
+        yield
+    finally:
+        _control().cuda_host_share(0)

@@ -44,6 +44,7 @@ struct host_event {
 int64_t mpidl_host_block, mpidl_host_blocks;
 int64_t cuda_host_launches; /* for the tests */
 int64_t cuda_host_allocations;
+int64_t cuda_host_copies;
 
 static struct host_stream default_stream;
 static cudaEvent_t events;
@@ -51,12 +52,19 @@ static int current_device;
 static char *arena;
 static size_t arena_used, last_start;
 static const size_t ARENA = (size_t)1 << 31;
+static int shared;
 
 /* For the tests too: what a framework's own kernel on the device would touch. */
 void cuda_host_open(int open) {
     if (arena_used > 0) {
-        mprotect(arena, arena_used, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+        mprotect(arena, arena_used, open || shared ? PROT_READ | PROT_WRITE : PROT_NONE);
     }
+}
+
+/* For the tests: an MPI that works on the device's memory itself would touch it any time. */
+void cuda_host_share(int share) {
+    shared = share;
+    cuda_host_open(0);
 }
 
 static cudaStream_t stream_of(cudaStream_t stream) {
@@ -223,6 +231,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t nbytes, int kind) {
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, int kind, cudaStream_t stream) {
     (void)kind;
+    cuda_host_copies++;
     return put(stream, (operation){.what = COPY, .to = to, .from = from, .nbytes = nbytes});
 }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from bed import FOLDER
 from launching import MPIDL, environment_for_tests, run_ranks
 
 from mpidl import _native
@@ -20,6 +22,7 @@ SUBJECTS = [
     "torch threads",
     "shared memory",
     "extension",
+    "GPU arrays",
     "one-sided MPI",
 ]
 SPEED = "speed in a node"  # of two ranks or more
@@ -45,6 +48,7 @@ def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
     assert f"{ranks} rank" in report["launcher"]
     assert f"1 x {ranks}" in report["ranks per node"]
     assert f"{ranks} rank(s), right" in report["one-sided MPI"]
+    assert "mpidl was built without CUDA" in report["GPU arrays"] or "mpidl_cuda_allocate" in report["GPU arrays"]
     assert report["extension"].endswith(f"packing works, with {_native.instructions()} instructions")
     crowded = ranks > len(os.sched_getaffinity(0))
     assert report["torch threads"].startswith("WARN" if crowded else "ok")
@@ -127,3 +131,45 @@ def test_what_hangs_is_reported_within_the_time_limit() -> None:
     assert not result.timed_out
     assert result.returncode != 0
     assert "FAIL  time limit: hangs: the check one_sided did not come back within 6 s" in result.stdout
+
+
+STAGED = "go to MPI through pinned host memory "
+
+
+def on_a_gpu(kind: str) -> str:
+    """The doctor as a program, with the tests' device as its GPU, and a child of that kind to try MPI on it."""
+    host = Path(__file__).parents[1] / "cuda_host"
+    return (
+        f"import sys; sys.path.insert(0, {str(host)!r})\n"
+        "from host_build import host_cuda\n"
+        "from mpidl import cuda_aware, devices\n"
+        "devices.register('cuda', lambda number: devices.Device(host_cuda(), number, lambda _: 0))\n"
+        "cuda_aware._TIME_LIMIT = 60\n"
+        f"program = [sys.executable, {str(host / 'probe_child.py')!r}, {kind!r}]\n"
+        "cuda_aware._command = lambda device: [*program, device, '60']\n"
+        "from mpidl.cli import main\n"
+        "main(['doctor', '--time-limit', '90'])\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder in which the tests' device is built once."""
+    return str(tmp_path_factory.mktemp("device"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "line"),
+    [
+        ("aware", "auto", "ok    GPU arrays: go to MPI directly (shown by a child process)"),
+        ("unaware", "auto", f"ok    GPU arrays: {STAGED}(the child process that tried it was ended by signal 11)"),
+        ("aware", "", f"ok    GPU arrays: {STAGED}(MPIDL_CUDA_AWARE=0)"),
+        ("aware", "yes", "FAIL  GPU arrays: MPIDL_CUDA_AWARE='yes': expected 0"),
+    ],
+    ids=["shown", "crashes", "off", "nonsense"],
+)
+def test_how_arrays_on_a_gpu_come_to_mpi(built: str, kind: str, setting: str, line: str) -> None:
+    variables = {"MPIDL_CUDA_AWARE": setting, FOLDER: built}
+    result = run_ranks(2, [sys.executable, "-c", on_a_gpu(kind)], timeout=200, env=variables)
+    assert line in result.stdout, result.output
+    assert result.returncode == line.startswith("FAIL")

@@ -61,6 +61,33 @@ def distributions(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return sdist, wheel
 
 
+@pytest.fixture(scope="module")
+def cuda_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that was built where nvcc is found; nvcc takes its time, so it is built once."""
+    home = os.environ.get("CUDA_HOME")
+    if shutil.which("nvcc", path=str(Path(home, "bin")) if home else None) is None:
+        pytest.skip("nvcc was not found: no wheel with CUDA can be built")
+    if not has_build_tools():
+        pytest.skip("setuptools 70.1 or newer is not in this environment")
+    folder = tmp_path_factory.mktemp("cuda")
+    shutil.copytree(tree, folder / "tree")
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(folder / "tree"),
+    ]
+    environ = {**os.environ, "MPIDL_WERROR": "1", "MPIDL_CUDA": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 def run(python: Path | str, code: str, folder: Path) -> str:
     done = subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -89,29 +116,61 @@ def test_the_wheel_serves_every_python_on_this_platform(distributions: tuple[Pat
     assert {name for name in names if name.endswith(".py")} == modules
 
 
+def installed(wheel: Path, target: Path) -> str:
+    """Installs the wheel into a folder; returns the lines that make Python take it from there."""
+    options = ["--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True, capture_output=True)
+    return f"import sys\nsys.path.insert(0, {str(target)!r})\n"
+
+
 def test_the_wheel_packs_from_where_it_is_installed(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     target = tmp_path / "site"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(target),
-    ]
-    subprocess.run([*command, str(distributions[1])], check=True, capture_output=True)
-    code = f"""
-import sys
-sys.path.insert(0, {str(target)!r})
+    code = """
 import numpy, mpidl
 out = numpy.zeros(3, numpy.float16)
 written = mpidl.pack([numpy.arange(3, dtype=numpy.float32)], out)
 print(mpidl.__file__, written.sum_of_squares, *out)
 """
-    assert run(sys.executable, code, tmp_path) == f"{target}/mpidl/__init__.py 5.0 0.0 1.0 2.0"
+    found = run(sys.executable, installed(distributions[1], target) + code, tmp_path)
+    assert found == f"{target}/mpidl/__init__.py 5.0 0.0 1.0 2.0"
+
+
+def test_a_wheel_built_with_cuda_has_its_library(cuda_wheel: Path) -> None:
+    assert "-py3-none-linux_" in cuda_wheel.name
+    with zipfile.ZipFile(cuda_wheel) as archive:
+        libraries = {name for name in archive.namelist() if name.endswith(".so")}
+    assert libraries == {"mpidl/_mpidl.so", "mpidl/_mpidl_cuda.so"}
+
+
+def test_a_wheel_built_with_cuda_finds_its_library_where_it_is_installed(cuda_wheel: Path, tmp_path: Path) -> None:
+    """It loads from there, and answers: with a device, or by CUDA's own words that there is none."""
+    target = tmp_path / "site"
+    code = """
+from mpidl import _cuda
+from mpidl.errors import DeviceError
+cuda = _cuda.library()
+(line,) = {line.split()[-1] for line in open("/proc/self/maps") if "_mpidl_cuda" in line}
+try:
+    answer = cuda.make("allocate", 0, 256) > 0
+except DeviceError as error:
+    answer = "CUDA failed in mpidl_cuda_allocate: " in str(error)
+print(line, answer)
+"""
+    found = run(sys.executable, installed(cuda_wheel, target) + code, tmp_path)
+    assert found == f"{target}/mpidl/_mpidl_cuda.so True"
+
+
+def test_a_wheel_built_without_cuda_says_so(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    code = """
+from mpidl import _cuda
+from mpidl.errors import ExtensionError
+try:
+    _cuda.library()
+except ExtensionError as error:
+    print(error)
+"""
+    found = run(sys.executable, installed(distributions[1], tmp_path / "site") + code, tmp_path)
+    assert found.startswith("mpidl was built without CUDA, so arrays on a device cannot be used: install mpidl again")
 
 
 def test_an_empty_environment_can_import_it(distributions: tuple[Path, Path], tmp_path: Path) -> None:
