@@ -133,8 +133,13 @@ class Segments(NamedTuple):
 
 
 def segments(counts: Sequence[int], offsets: Sequence[int]) -> Segments:
-    """What `gather` and `scatter` take, made once."""
-    return Segments(ffi.new("int64_t[]", counts), ffi.new("int64_t[]", offsets))
+    """What `gather` and `scatter` take, made once; a memoryview of 64-bit words is taken without a copy."""
+    return Segments(_words("int64_t[]", "q", counts), _words("int64_t[]", "q", offsets))
+
+
+def _words(ctype: str, code: str, values: Sequence[int]) -> Any:
+    # In half the time of ffi.new.
+    return ffi.from_buffer(ctype, values if isinstance(values, memoryview) else array(code, values))
 
 
 def gather(
@@ -169,7 +174,7 @@ def _common(
     table: Segments, addresses: Sequence[int], dtype: str, flat: int, flat_dtype: str
 ) -> tuple[int, Any, Any, Any, int, int, int]:
     check_call(len(table.counts), addresses, dtype, flat_dtype)
-    pointers = ffi.from_buffer("uintptr_t[]", array("Q", addresses))  # in half the time of ffi.new
+    pointers = _words("uintptr_t[]", "Q", addresses)
     return len(addresses), pointers, table.counts, table.offsets, _code(dtype), flat, _code(flat_dtype)
 
 

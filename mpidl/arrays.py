@@ -7,6 +7,8 @@ The cupy path has never run on hardware.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +114,7 @@ def _view_torch(x: Any, name: str, torch: Any) -> ArrayView:
     if x.layout is not torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise DtypeError(f"{name} is a sparse or nested tensor ({layout}): mpidl takes dense ones")
-    if x.device.type not in ("cpu", "cuda"):
+    if not (x.is_cpu or x.is_cuda):
         raise DtypeError(f"{name} is on device {x.device}: mpidl takes tensors on cpu and cuda")
     if x.is_neg() or x.is_conj():
         raise DtypeError(f"{name} is a lazy view: pass {name}.resolve_neg().resolve_conj()")
@@ -137,7 +139,7 @@ def _view_torch(x: Any, name: str, torch: Any) -> ArrayView:
 
 
 def _torch_device(tensor: Any) -> str:
-    return str(tensor.device)
+    return "cpu" if tensor.is_cpu else str(tensor.device)  # the latter takes a microsecond
 
 
 def _spread(tensor: Any) -> bool:
@@ -172,6 +174,38 @@ def extent(array: ArrayView) -> tuple[int, int]:
     reach = [(size - 1) * stride * unit for size, stride in zip(array.shape, strides, strict=True)]
     low = array.address + sum(step for step in reach if step < 0)
     return low, array.address + sum(step for step in reach if step > 0) + array.itemsize
+
+
+class Plain(NamedTuple):
+    """Arrays that differ in address and count only: contiguous, writable, of one dtype, in host memory."""
+
+    dtype: str
+    addresses: np.ndarray[Any, Any]
+    counts: np.ndarray[Any, Any]
+
+
+def plain(tensors: Sequence[Any]) -> Plain | None:
+    """Look at many torch tensors at once, in less than half the time that `view` takes for each.
+
+    Returns:
+        None if there is none, or some are not plain: then `view` says of each what it is, or what is wrong with it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not tensors or not {*map(type, tensors)} <= {torch.Tensor, torch.nn.Parameter}:
+        return None
+    alike = {*map(attrgetter("dtype", "layout", "is_nested"), tensors)}
+    dtype, layout, nested = next(iter(alike))
+    name = str(dtype).removeprefix("torch.")
+    if len(alike) > 1 or layout is not torch.strided or nested or name not in ITEMSIZES or dtype.is_complex:
+        return None  # what is not complex is no lazy conjugate
+    one = torch.Tensor
+    if any(map(one.is_neg, tensors)) or not all(map(one.is_contiguous, tensors)):
+        return None
+    if {*map(_torch_device, tensors)} != {"cpu"}:
+        return None
+    addresses = np.fromiter(map(one.data_ptr, tensors), np.int64, len(tensors))
+    counts = np.fromiter(map(one.numel, tensors), np.int64, len(tensors))
+    return Plain(name, addresses, counts) if addresses[counts > 0].all() else None
 
 
 def empty_like(x: object, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> Any:
@@ -242,5 +276,12 @@ def as_numpy(array: ArrayView) -> np.ndarray[Any, Any]:
 
 def mark_written(array: ArrayView) -> None:
     """Tell autograd that memory was written behind its back: a stale saved tensor must raise, not lie."""
-    if array.kind == "torch" and not array.owner.is_inference():
-        sys.modules["torch"].autograd.graph.increment_version(array.owner)
+    if array.kind == "torch":
+        mark_tensors_written([array.owner])
+
+
+def mark_tensors_written(tensors: Iterable[Any]) -> None:
+    """`mark_written`, of torch's tensors themselves."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(tensor)

@@ -27,6 +27,8 @@ _open: dict[int, str] = {}
 _tokens = itertools.count(1)
 _quiet_leave: list[Callable[[], None]] = []
 _failure: str | None = None  # an uncaught exception or a fatal signal: ends the job at exit
+_on_stop: Callable[[], None] | None = None  # what the program does when it is asked to stop
+_stop_asked = False
 _thread_failure: str | None = None  # for the next step header; the main thread may still end well
 _pid = 0
 _abort: Callable[[int], None] | None = None
@@ -85,6 +87,8 @@ def on_stop_signal(callback: Callable[[], None]) -> None:
     One request may arrive twice within moments: the batch system signals both the launcher, which passes it on, and
     the ranks. Children made by fork behave as if there were no handler.
     """
+    global _on_stop
+    _on_stop = callback
     pid, first = os.getpid(), list[float]()
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -92,12 +96,25 @@ def on_stop_signal(callback: Callable[[], None]) -> None:
             _default(number)
         elif not first:
             first.append(time.monotonic())
-            callback()
+            ask_to_stop()
         elif time.monotonic() - first[0] > _SAME_REQUEST:
             _end_at_once(number)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, handler)
+
+
+def ask_to_stop() -> None:
+    """Does what a first signal to stop does; called when another rank passes on its own."""
+    global _stop_asked
+    _stop_asked = True
+    if _on_stop is not None:
+        _on_stop()
+
+
+def asked_to_stop() -> bool:
+    """Returns whether this rank was asked to stop, in a program that does so on request."""
+    return _stop_asked
 
 
 def say(text: str) -> None:

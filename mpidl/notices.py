@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import struct
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from mpidl import leaving
 from mpidl.errors import ArgumentError, ClosedError
 from mpidl.processes import Process
 
-# Kinds of notice: I am gone for good; who is there?; I am; tell all that this call is lost; this call is lost.
-LEFT, ASK, HERE, PROPOSE, GIVE_UP = 1, 2, 3, 4, 5
+# Kinds of notice: I am gone for good; who is there?; I am; tell all that this call is lost; this call is lost; I was
+# asked to stop.
+LEFT, ASK, HERE, PROPOSE, GIVE_UP, STOP = 1, 2, 3, 4, 5, 6
 
 _TEXT = 496  # bytes
 _NOTICE = struct.Struct(f"<qq{_TEXT}s")
@@ -115,6 +117,12 @@ class Channel:
         if self._comm is not None and not self._mpi.Is_finalized():
             self._notify(LEFT, self.sequence, "")
 
+    def ask_to_stop(self, ranks: Iterable[int]) -> None:
+        """Passes on to `ranks`, as far as they are there, that this one was asked to stop."""
+        for rank in ranks:
+            if not self.has_left(rank):
+                self._notify(STOP, self.sequence, "", to=rank)
+
     def close(self) -> np.ndarray[Any, Any]:
         """Ends the sending of notices and returns how many this rank has sent to each peer."""
         self._closing = True
@@ -160,6 +168,8 @@ class Channel:
                 self.lose(sequence, text)
             elif kind == GIVE_UP:
                 self._lost = self._lost or (sequence, text)
+            elif kind == STOP:
+                leaving.ask_to_stop()
 
     # What a watch asks of its channel.
 

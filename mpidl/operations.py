@@ -1,8 +1,8 @@
 """What a collective call does, from arrays in to arrays out, written as generators of requests (`collectives.steps`).
 
 `communicator` drives them, in the same order on all ranks. A call that differs between ranks is refused before any
-result is written. How arrays come to where they can be sent and back, whatever their strides, precision and device, is in
-`transfer`; who moves and reduces the bytes is decided in `collectives`.
+result is written. How arrays come to where they can be sent and back, whatever their strides, precision and device,
+is in `transfer`; who moves and reduces the bytes is decided in `collectives`.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """`pack` and `unpack`: many tensors of one dtype into one flat buffer and back, scaled and cast on the way.
 
 For bulk callers in host memory `Table`: one call of the extension for a whole bucket (on a device:
-`devices.Device.table`). The numpy reference stands beside, in
-packing_reference.py; which tensors form a bucket is layout.py's business.
+`devices.Device.table`). The numpy reference stands beside, in packing_reference.py; which tensors form a bucket is
+layout.py's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mpidl import _native, arrays, devices
 from mpidl.arrays import ArrayView
@@ -118,13 +119,13 @@ def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packe
         ArgumentError: an argument that cannot work: too short, read-only, strided, overlapping, on several devices.
         ExtensionError: arrays on a device, and mpidl was built without CUDA.
     """
-    views = _views(tensors)
-    flat = _flat(out, "out", views)
+    lot = _look(tensors)
+    flat = _flat(out, "out", lot)
     if not flat.writable:
         raise ArgumentError("out is read-only")
-    _check_apart(views, flat, "out")
-    dense = [one if one.contiguous else arrays.view(arrays.contiguous(one.owner)) for one in views]
-    packed = _moved("gather", dense, flat, scale)
+    _check_apart(lot, flat, "out")
+    lot.stand_in(arrays.contiguous)
+    packed = _moved("gather", lot, flat, scale)
     arrays.mark_written(flat)
     return packed
 
@@ -140,42 +141,58 @@ def unpack(flat: object, tensors: Iterable[object], *, scale: float = 1.0) -> Pa
     Raises:
         DtypeError, ArgumentError: as `pack`.
     """
-    views = _views(tensors)
-    source = _flat(flat, "flat", views)
-    for i, one in enumerate(views):
+    lot = _look(tensors)
+    source = _flat(flat, "flat", lot)
+    for i, one in enumerate(lot.views):
         if not one.writable:
             raise ArgumentError(f"tensors[{i}] is read-only or has several elements in one place")
-    _check_apart(views, source, "flat")
-    _check_apart_from_each_other(views)
-    dense = [one if one.contiguous else arrays.view(arrays.empty_like(one.owner)) for one in views]
-    packed = _moved("scatter", dense, source, scale)
-    for one, temporary in zip(views, dense, strict=True):
-        if one is temporary:
-            arrays.mark_written(one)
-        else:
-            arrays.copy_into(one.owner, temporary.owner)
+    _check_apart(lot, source, "flat")
+    _check_apart_from_each_other(lot)
+    lot.stand_in(arrays.empty_like)
+    packed = _moved("scatter", lot, source, scale)
+    for one, temporary in lot.stand_ins:
+        arrays.copy_into(one.owner, temporary.owner)
+    arrays.mark_tensors_written(lot.in_torch)
     return packed
 
 
-def _moved(name: str, dense: Sequence[ArrayView], flat: ArrayView, scale: float) -> Packed | DevicePacked:
-    """Gathers or scatters, where the flat buffer lies."""
-    counts = tuple(one.count for one in dense)
-    offsets = tuple(accumulate(counts, initial=0))[:-1]
-    addresses = [one.address for one in dense]
-    dtypes = (dense[0].dtype if dense else flat.dtype, flat.dtype)
-    if flat.device == "cpu":
-        move = getattr(Table(counts, offsets), name)
-        packed: Packed = move(addresses, dtypes[0], flat.address, flat.dtype, scale)
-        return packed
-    device = devices.of(flat)
-    move = getattr(device.table(counts, offsets), name)
-    late = move(addresses, dtypes, flat.address, scale, device.current_stream(flat.kind))
-    return DevicePacked(sum(counts), late)
+@dataclass(frozen=True, slots=True)
+class _Lot:
+    """The tensors of a call; what differs from one to the next stands in arrays, so that thousands cost little."""
+
+    views: Sequence[ArrayView]  # of plain ones the first alone: all that is alike can be seen in it
+    counts: np.ndarray[Any, Any]
+    addresses: np.ndarray[Any, Any]  # of what is packed or unpacked: the tensors or their stand-ins
+    starts: np.ndarray[Any, Any]  # of the bytes that each spans, gaps included,
+    ends: np.ndarray[Any, Any]  # and one past the last
+    in_torch: Sequence[Any]  # the tensors of torch that are written in their own place
+    stand_ins: list[tuple[ArrayView, ArrayView]] = field(default_factory=list)  # after what they stand for
+
+    def stand_in(self, make: Callable[[object], object]) -> None:
+        """Gives every strided tensor a contiguous array in its place, which lives as long as the lot."""
+        for i, one in enumerate(self.views):
+            if not one.contiguous:
+                self.stand_ins.append((one, arrays.view(make(one.owner))))
+                self.addresses[i] = self.stand_ins[-1][1].address
 
 
-def _views(tensors: Iterable[object]) -> list[ArrayView]:
+def _look(tensors: Iterable[object]) -> _Lot:
     if hasattr(tensors, "dtype") or not isinstance(tensors, Iterable):
         raise DtypeError(f"tensors must be a sequence of arrays, not a single {type(tensors).__qualname__}")
+    found = list(tensors)
+    plain = arrays.plain(found)
+    if plain is not None and plain.dtype in _native.DTYPES:
+        ends = plain.addresses + plain.counts * arrays.ITEMSIZES[plain.dtype]
+        return _Lot([arrays.view(found[0])], plain.counts, plain.addresses, plain.addresses, ends, found)
+    views = _views(found)
+    counts = np.array([one.count for one in views], np.int64)
+    addresses = np.array([one.address for one in views], np.int64)
+    spans = np.array([arrays.extent(one) for one in views], np.int64).reshape(-1, 2)
+    in_torch = [one.owner for one in views if one.kind == "torch" and one.contiguous]
+    return _Lot(views, counts, addresses, spans[:, 0], spans[:, 1], in_torch)
+
+
+def _views(tensors: Sequence[object]) -> list[ArrayView]:
     views = [arrays.view(tensor, f"tensors[{i}]") for i, tensor in enumerate(tensors)]
     for i, one in enumerate(views):
         if one.dtype != views[0].dtype:
@@ -185,10 +202,25 @@ def _views(tensors: Iterable[object]) -> list[ArrayView]:
     return views
 
 
-def _flat(x: object, name: str, views: Sequence[ArrayView]) -> ArrayView:
+def _moved(name: str, lot: _Lot, flat: ArrayView, scale: float) -> Packed | DevicePacked:
+    """Gathers or scatters, where the flat buffer lies."""
+    offsets = np.cumsum(lot.counts) - lot.counts
+    dtype = lot.views[0].dtype if lot.views else flat.dtype
+    if flat.device == "cpu":
+        table = _native.segments(lot.counts.data, offsets.data)
+        move = getattr(_native, name)
+        return Packed(*move(table, lot.addresses.data, dtype, flat.address, flat.dtype, scale=scale))
+    device = devices.of(flat)
+    move = getattr(device.table(tuple(lot.counts.tolist()), tuple(offsets.tolist())), name)
+    stream = device.current_stream(flat.kind)
+    late = move(lot.addresses.tolist(), (dtype, flat.dtype), flat.address, scale, stream)
+    return DevicePacked(int(lot.counts.sum()), late)
+
+
+def _flat(x: object, name: str, lot: _Lot) -> ArrayView:
     flat = arrays.view(x, name)
-    needed = sum(one.count for one in views)
-    for i, one in enumerate(views):
+    needed = int(lot.counts.sum())
+    for i, one in enumerate(lot.views):
         if one.device != flat.device:
             raise ArgumentError(f"tensors[{i}] is on {one.device}, {name} on {flat.device}: pack on one device")
         if one.kind != flat.kind and flat.device != "cpu":
@@ -203,16 +235,17 @@ def _flat(x: object, name: str, views: Sequence[ArrayView]) -> ArrayView:
     return flat
 
 
-def _check_apart(views: Sequence[ArrayView], flat: ArrayView, name: str) -> None:
+def _check_apart(lot: _Lot, flat: ArrayView, name: str) -> None:
     low, high = arrays.extent(flat)
-    for i, one in enumerate(views):
-        first, last = arrays.extent(one)
-        if one.count and first < high and low < last:
-            raise ArgumentError(f"tensors[{i}] overlaps {name} in memory")
+    overlapping = np.flatnonzero((lot.counts > 0) & (lot.starts < high) & (low < lot.ends))
+    if overlapping.size:
+        raise ArgumentError(f"tensors[{overlapping[0]}] overlaps {name} in memory")
 
 
-def _check_apart_from_each_other(views: Sequence[ArrayView]) -> None:
-    spans = sorted((*arrays.extent(one), i) for i, one in enumerate(views) if one.count)
-    for (_, end, i), (start, _, k) in pairwise(spans):
-        if start < end:
-            raise ArgumentError(f"tensors[{min(i, k)}] and tensors[{max(i, k)}] overlap in memory")
+def _check_apart_from_each_other(lot: _Lot) -> None:
+    order = np.lexsort((lot.ends, lot.starts))
+    order = order[lot.counts[order] > 0]
+    overlapping = np.flatnonzero(lot.starts[order[1:]] < lot.ends[order[:-1]])
+    if overlapping.size:
+        i, k = sorted(order[overlapping[0] :][:2].tolist())
+        raise ArgumentError(f"tensors[{i}] and tensors[{k}] overlap in memory")

@@ -118,6 +118,7 @@ class _Server:
         self._far = any(nodes[worker] != nodes[whole.rank] for worker in self._workers)
         self._held: dict[int, tuple[Topology, list[Window]]] = {}
         self._opened = 0
+        self._stop_passed_on = False
         self._lookout = Lookout(whole.channel, "the wait for an order: it serves")
 
     def serve(self) -> None:
@@ -142,9 +143,16 @@ class _Server:
                 request.Cancel()
                 request.Wait()
                 return None
+            self._pass_on_stop()
             time.sleep(_PAUSE_FOR_OTHER_NODES if self._held and self._far else _PAUSE)
         order: dict[str, Any] = json.loads(buffer[: status.Get_count(mpi.BYTE)].tobytes())
         return order
+
+    def _pass_on_stop(self) -> None:
+        """Tells the workers, once, that this rank was asked to stop: they save, and it serves until they have."""
+        if leaving.asked_to_stop() and not self._stop_passed_on:
+            self._stop_passed_on = True
+            self._whole.channel.ask_to_stop(self._workers)
 
     def _open(self, order: dict[str, Any]) -> None:
         ranks = self._whole.duplicate(f"{order['name']} with its servers")

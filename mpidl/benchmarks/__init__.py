@@ -1,6 +1,7 @@
 """What `mpidl bench` measures and how; nothing is imported here, so that the command line's help needs no torch.
 
 targets           what is to be reached, against whom: one table
+importing         what `import mpidl` adds to the start of Python
 pack              many tensors into one buffer, against memcpy and torch
 allreduce         sums over ranks, against MPI itself, gloo and memcpy
 training          whole steps of two models, against torch DDP and trainers that do not communicate

@@ -88,6 +88,8 @@ def _estimate(target: Target, own: Series, peer: Series, baseline: Series | None
         return ratios.ratio(peer.seconds, own.seconds)
     if target.quantity == "time":
         return ratios.ratio(own.seconds, peer.seconds)
+    if target.quantity == "seconds":
+        return ratios.difference(own.seconds, peer.seconds)
     assert baseline is not None
     excess = ratios.quartiles([a - b for a, b in zip(peer.seconds, baseline.seconds, strict=True)])[1]
     return ratios.excess_ratio(own.seconds, peer.seconds, baseline.seconds) if excess > 0 else None

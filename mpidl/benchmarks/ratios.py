@@ -35,6 +35,13 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
     return Estimate(middle, (low, high), _bootstrap(lambda chosen: np.median(rounds[chosen], axis=1), rounds.size))
 
 
+def difference(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Returns the median over rounds of above - below; rounds belong together as in `ratio`."""
+    rounds = np.asarray(above, float) - np.asarray(below, float)
+    low, middle, high = quartiles(rounds)
+    return Estimate(middle, (low, high), _bootstrap(lambda chosen: np.median(rounds[chosen], axis=1), rounds.size))
+
+
 def excess_ratio(contender: Sequence[float], peer: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """Returns median(contender - baseline) / median(peer - baseline): what is paid on top, as a part of the peer's.
 

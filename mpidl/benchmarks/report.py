@@ -50,7 +50,7 @@ def is_busy(result: Result) -> bool:
 
 
 _COLUMNS = ("target", "case", "on", "contender", "against", "asked for", "reached (quartiles of rounds)", "sure within")
-_KINDS = {"speed": "speed", "time": "time", "excess": "excess time"}
+_KINDS = {"speed": "speed", "time": "time", "excess": "excess time", "seconds": "seconds more"}
 
 
 def _targets(verdicts: Sequence[Verdict]) -> list[str]:

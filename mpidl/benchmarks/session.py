@@ -30,6 +30,7 @@ class Kind:
 
 
 BENCHMARKS = {
+    "import": Kind("mpidl.benchmarks.importing", 1, 1),
     "pack": Kind("mpidl.benchmarks.pack", 1, 1),
     "allreduce": Kind("mpidl.benchmarks.allreduce", 2),
     "training": Kind("mpidl.benchmarks.training", 2),

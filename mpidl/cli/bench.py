@@ -74,6 +74,18 @@ def _command(benchmark: str, quick: bool, rounds: int | None, output: Path, over
     return shlex.join(["mpidl", "bench", benchmark, *flags, "--output", str(output), *["--overwrite"] * overwrite])
 
 
+@command.command("import")
+@_with_options
+def import_(**options: Any) -> None:
+    """The start of Python with `import mpidl` and without; one process, which starts others.
+
+    \b
+    Example:
+      mpidl bench import
+    """
+    _measure("import", options)
+
+
 @command.command("pack")
 @_with_options
 def pack(**options: Any) -> None:

@@ -112,8 +112,8 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     Generators of random numbers that a job makes for itself are not saved: it should draw from the global ones of
     torch, numpy and Python.
 
-    SIGUSR1, SIGTERM or Ctrl-C, on any rank that trains, asks all ranks to stop after their step (asynchronous: after
-    their commit) and to save; servers serve until they have. One more signal, a second later, ends the job at once.
+    SIGUSR1, SIGTERM or Ctrl-C, on any rank, asks all that train to stop after their step (asynchronous: after their
+    commit) and to save; servers serve until they have. One more signal, a second later, ends the job at once.
 
     \b
     Exit status:

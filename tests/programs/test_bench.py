@@ -13,6 +13,7 @@ from mpidl.benchmarks.results import read
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CONTENDERS = {
+    "import": {"python", "import mpidl"},
     "pack": {"mpidl.pack", "mpidl.unpack", "packing.Table", "memcpy", "torch flatten", "torch.cat", "torch foreach"},
     "allreduce": {"mpidl", "mpidl, out=", "MPI_Allreduce", "gloo", "memcpy"},
     "training": {"mpidl.Synchronous", "torch DDP/gloo", "independent trainers"},
@@ -29,7 +30,7 @@ def bench(benchmark: str, ranks: int, output: Path) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "ranks"), [("pack", 1), ("allreduce", 2), ("training", 2), ("parameter-server", 2)]
+    ("benchmark", "ranks"), [("import", 1), ("pack", 1), ("allreduce", 2), ("training", 2), ("parameter-server", 2)]
 )
 def test_quick(benchmark: str, ranks: int, tmp_path: Path) -> None:
     done = bench(benchmark, ranks, tmp_path / "out")

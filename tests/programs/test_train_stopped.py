@@ -49,6 +49,11 @@ def ranks_of(running: Running) -> list[int]:
     return found
 
 
+def rank_of(pid: int) -> int:
+    found = dict(word.partition(b"=")[::2] for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return int(next(found[name] for name in (b"OMPI_COMM_WORLD_RANK", b"PMI_RANK") if name in found))
+
+
 def newest(output: Path, below: str = "") -> Checkpoint:
     found = Store(output / "checkpoints" / below).newest(pytest.fail)
     assert found is not None
@@ -122,6 +127,17 @@ def test_a_signal_to_one_asynchronous_worker_stops_all(tmp_path: Path) -> None:
     assert newest(tmp_path).manifest["clock"] == summary(tmp_path)["commits"]
     for rank in range(3):
         assert newest(tmp_path, f"worker.{rank}").has("local.pt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_a_server_alone_stops_the_workers(tmp_path: Path, number: signal.Signals) -> None:
+    running = start(tmp_path, "agn", 3, FOR_EVER, "--servers", "1")
+    until_saved(running, tmp_path)
+    (server,) = [pid for pid in ranks_of(running) if rank_of(pid) == 2]
+    os.kill(server, number)
+    check_stopped(tmp_path, running.wait(60))
+    assert (summary(tmp_path)["ranks"], summary(tmp_path)["servers"]) == (2, 1)
+    assert newest(tmp_path).manifest["clock"] == summary(tmp_path)["commits"]
 
 
 def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Path) -> None:

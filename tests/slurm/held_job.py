@@ -1,7 +1,8 @@
 """A job for `mpidl train` that can be stopped at a step known beforehand: at its tenth loss a rank waits for a file.
 
-MPIDL_TEST_HELD names a folder: each rank writes `held.<rank>` there and waits for `go`. Unset, or once `go` is there,
-the job just trains. Moments, dropout and BatchNorm make a lost or repeated step show.
+MPIDL_TEST_HELD names a folder: each rank writes `held.<rank>` there and waits for `go`, and should it be asked to stop
+meanwhile, it writes `asked.<rank>`. Unset, or once `go` is there, the job just trains. Moments, dropout and BatchNorm
+make a lost or repeated step show.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import TensorDataset
+
+from mpidl import leaving
 
 _calls = itertools.count(1)
 
@@ -40,6 +43,9 @@ def loss(model, batch):
 
 
 def _hold(folder):
-    (folder / f"held.{os.environ['SLURM_PROCID']}").touch()
+    rank = os.environ["SLURM_PROCID"]
+    (folder / f"held.{rank}").touch()
     while not (folder / "go").exists():
+        if leaving.asked_to_stop():
+            (folder / f"asked.{rank}").touch()
         time.sleep(0.05)

@@ -40,6 +40,9 @@ class Held:
         self.job = cluster.submit(ONE_PER_NODE, *arguments, *OPTIONS, env={"MPIDL_TEST_HELD": str(self._folder)})
         cluster.until(lambda: len(list(self._folder.glob("held.*"))) >= ranks, self.job, "its ranks being held")
 
+    def until_asked(self) -> None:
+        self._cluster.until(lambda: len(list(self._folder.glob("asked.*"))) == RANKS, self.job, "a request to stop")
+
     def go(self) -> None:
         (self._folder / "go").touch()
 
@@ -67,6 +70,17 @@ def test_a_preempted_job_ends_bit_for_bit_as_an_undisturbed_one(cluster: Cluster
     assert first["steps"] == second["steps"] == 20
     assert first["nodes"] == second["nodes"] == 2
     same(*map(content, folders))
+
+
+def test_a_job_is_asked_before_its_time_limit_and_goes_on_after_it(cluster: Cluster) -> None:
+    """By the script's own --signal, two minutes before the limit or, as SLURM counts, up to half a minute earlier."""
+    held = Held(cluster, "limited", "--time=3", "jobs/synchronous.sbatch")
+    held.until_asked()
+    held.go()
+    ended = held.wait()
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.output
+    final = summary(outputs(cluster, ended.job))
+    assert (final["stopped"], final["resumed"], final["epochs_finished"], final["steps"]) == (False, 1, 5, 20)
 
 
 def content(folder: Path) -> dict[str, Any]:

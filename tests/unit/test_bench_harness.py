@@ -310,7 +310,7 @@ def test_the_wrong_number_of_ranks_is_refused_before_mpi_starts(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["pack", "allreduce", "training", "parameter-server", "report"])
+@pytest.mark.parametrize("name", ["import", "pack", "allreduce", "training", "parameter-server", "report"])
 def test_each_benchmark_has_help_with_an_example(name: str) -> None:
     done = CliRunner().invoke(cli, ["bench", name, "--help"])
     assert done.exit_code == 0

@@ -112,6 +112,13 @@ def test_what_was_not_measured_is_said() -> None:
     assert judging.judge([result(ours=EVEN)], [Target("c", "t", "ours", "theirs", "speed", ">=", 2.0)]) == []
 
 
+def test_seconds_more_than_the_peer() -> None:
+    more = Target("b", "t", "ours", "theirs", "seconds", "<=", 0.15)
+    assert only(more, result(ours=[1.1] * 20, theirs=EVEN)).verdict == MET
+    assert only(more, result(ours=[1.2] * 20, theirs=EVEN)).verdict == MISSED
+    assert only(more, result(ours=[1.1, 1.2] * 10, theirs=EVEN)).verdict == UNDECIDED
+
+
 def test_excess_over_a_baseline() -> None:
     alone, theirs = [10.0] * 20, [20.0] * 20
     assert only(EXCESS, result(ours=[12.0] * 20, theirs=theirs, alone=alone)).verdict == MET

@@ -79,6 +79,8 @@ def test_what_cannot_be_packed_together_is_refused(fake: Fake) -> None:
             call()
     with pytest.raises(ArgumentError, match=r"tensors\[0\] is on fake:0, out on cpu"):
         mpidl.pack([there], here)
+    with pytest.raises(ArgumentError, match=r"tensors\[1\] is on cpu, out on fake:0"):
+        mpidl.pack([there, here], fake.tensor(torch.zeros(8)))
     with pytest.raises(DtypeError, match="float64 cannot be packed as float32"):
         mpidl.pack([fake.tensor(torch.zeros(4, dtype=torch.float64))], there)
     with pytest.raises(ArgumentError, match="expected cpu or cuda"):

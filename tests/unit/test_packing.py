@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import mpidl
-from mpidl import packing
 from mpidl.errors import ArgumentError, DtypeError
 from mpidl.packing_reference import reference_pack, reference_unpack
 
@@ -176,6 +175,42 @@ def test_unpacking_into_a_saved_tensor_makes_backward_raise() -> None:
         loss.backward()
 
 
+def test_of_many_tensors_each_is_marked_as_written() -> None:
+    written = [torch.ones(3), torch.nn.Parameter(torch.ones(2)), torch.ones(0), torch.ones(2, 3).t()]
+    with torch.inference_mode():
+        uncounted = torch.ones(1)
+    before = [tensor._version for tensor in written]
+    mpidl.unpack(torch.zeros(12), [*written, uncounted])
+    assert all(tensor._version > version for tensor, version in zip(written, before, strict=True))
+    mpidl.unpack(torch.zeros(6), [*written[:3], uncounted])  # all of them plain
+    assert all(tensor._version > version + 1 for tensor, version in zip(written[:3], before, strict=False))
+
+
+ODD = {
+    "strided": lambda values: torch.stack([values, values], 1)[:, 0],
+    "expanded": lambda values: values[:1].expand(4),
+    "a subclass": torch.nn.Buffer,
+    "a parameter": torch.nn.Parameter,
+    "numpy": lambda values: values.numpy(),
+}
+
+
+@pytest.mark.parametrize("made", ODD.values(), ids=ODD)
+def test_one_tensor_of_another_kind_among_plain_ones(made: Callable[[torch.Tensor], Any]) -> None:
+    plain, odd = torch.arange(3.0), made(torch.arange(5.0, 9.0))
+    out = torch.zeros(10)
+    mpidl.pack([plain, odd, plain], out)
+    assert out.tolist() == [0, 1, 2, *odd.tolist(), 0, 1, 2]
+
+
+def test_neighbours_and_empty_tensors_do_not_overlap() -> None:
+    memory = np.arange(10.0)  # in torch an empty tensor has no address
+    mpidl.unpack(memory[3:6], [memory[:2], memory[4:][:0], memory[1:][:0], memory[2:3]])
+    assert memory.tolist() == [3, 4, 5, *range(3, 10)]
+    mpidl.pack([memory[2:4], memory[8:]], memory[4:8])
+    assert memory.tolist() == [3, 4, 5, 3, 5, 3, 8, 9, 8, 9]
+
+
 def frozen() -> np.ndarray[Any, Any]:
     x = np.zeros(4)
     x.flags.writeable = False
@@ -194,6 +229,10 @@ ONES = torch.ones(4, dtype=torch.float64)
         (lambda: mpidl.pack([ONES, [1.0]], SHARED), DtypeError, r"tensors\[1\]"),
         (lambda: mpidl.pack([ONES, ONES.float()], SHARED), DtypeError, r"tensors\[1\] holds float32"),
         (lambda: mpidl.pack([ONES.to(torch.complex64)], SHARED), DtypeError, r"tensors\[0\] holds complex64"),
+        (lambda: mpidl.pack([ONES, torch._neg_view(ONES)], SHARED), DtypeError, r"tensors\[1\] is a lazy view"),
+        (lambda: mpidl.pack([ONES, ONES.to_sparse()], SHARED), DtypeError, r"tensors\[1\] is a sparse or nested"),
+        (lambda: mpidl.pack([ONES, ONES.to("meta")], SHARED), DtypeError, r"tensors\[1\] is on device meta"),
+        (lambda: mpidl.pack([ONES, ONES, SHARED[3:6]], SHARED), ArgumentError, r"tensors\[2\] overlaps out"),
         (lambda: mpidl.pack([ONES], [0.0] * 4), DtypeError, "out must be"),
         (lambda: mpidl.pack([ONES], SHARED.float()), DtypeError, "float64 cannot be packed as float32"),
         (
@@ -231,31 +270,3 @@ def test_tensors_may_share_memory_when_they_are_only_read() -> None:
     tied = torch.arange(4.0)
     mpidl.pack([tied, tied], out)
     assert out.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-
-
-def test_a_table_leaves_the_gaps_alone_and_is_a_value() -> None:
-    table = packing.Table((2, 0, 3), (5, 9, 0))
-    assert table == packing.Table((2, 0, 3), (5, 9, 0))
-    assert hash(table) == hash(packing.Table((2, 0, 3), (5, 9, 0)))
-    assert table.extent == 9
-    a, c, flat = np.array([1.0, 2.0]), np.array([3.0, 4.0, 5.0]), np.full(9, -1.0)
-    addresses = [a.ctypes.data, 0, c.ctypes.data]
-    written = table.gather(addresses, "float64", flat.ctypes.data, "float64", 2.0)
-    assert written == packing.Packed(5, 220.0, True)
-    np.testing.assert_array_equal(flat, [6, 8, 10, -1, -1, 2, 4, -1, -1])
-    table.scatter(addresses, "float64", flat.ctypes.data, "float64", 0.25)
-    np.testing.assert_array_equal(np.concatenate([a, c]), [0.5, 1, 1.5, 2, 2.5])
-
-
-@pytest.mark.parametrize(
-    ("counts", "offsets", "words"),
-    [
-        ((1, 2), (0,), "1 entries"),
-        ((-1,), (0,), "negative"),
-        ((1,), (-1,), "negative"),
-        ((3, 2), (0, 2), "overlaps"),
-    ],
-)
-def test_tables_that_cannot_be_are_refused(counts: tuple[int, ...], offsets: tuple[int, ...], words: str) -> None:
-    with pytest.raises(ArgumentError, match=words):
-        packing.Table(counts, offsets)

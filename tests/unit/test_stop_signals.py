@@ -17,7 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the callback noted; the handlers are installed."""
-    monkeypatch.setattr(leaving, "_failure", None)
+    for name, value in (("_failure", None), ("_on_stop", None), ("_stop_asked", False)):
+        monkeypatch.setattr(leaving, name, value)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     calls: list[str] = []
     leaving.on_stop_signal(lambda: calls.append("asked"))
@@ -64,3 +65,19 @@ def test_a_forked_child_dies_of_it_as_if_there_were_no_handler(asked: list[str],
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == number
     assert asked == []
+
+
+def test_a_request_that_another_rank_passes_on_is_noted_and_leaves_a_first_signal_to_come(asked: list[str]) -> None:
+    assert not leaving.asked_to_stop()
+    leaving.ask_to_stop()
+    assert leaving.asked_to_stop()
+    signal.raise_signal(signal.SIGTERM)
+    assert asked == ["asked", "asked"]
+    assert leaving._failure is None
+
+
+def test_a_program_without_a_use_for_it_ignores_a_request_that_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "_stop_asked", False)
+    monkeypatch.setattr(leaving, "_on_stop", None)
+    leaving.ask_to_stop()
+    assert leaving.asked_to_stop()

@@ -1,0 +1,10 @@
+"""A plugin of pytest (`-p emulated`): the extension is the library that MPIDL_TEST_LIBRARY names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mpidl import _native
+
+_native._LIBRARY = Path(os.environ["MPIDL_TEST_LIBRARY"])
