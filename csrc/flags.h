@@ -21,7 +21,8 @@ enum mpidl_counter { ANNOUNCED, STAGED, PRODUCED, CONSUMED, COUNTERS };
 /* One rank's. The sleepers are written by others, so they have a cache line of their own. */
 typedef struct {
     _Atomic uint32_t counters[COUNTERS];
-    char padding[64 - COUNTERS * sizeof(uint32_t)];
+    _Atomic uint32_t gave_up; /* 1: its calls will never complete */
+    char padding[64 - (COUNTERS + 1) * sizeof(uint32_t)];
     _Atomic uint32_t sleepers;
     char more_padding[64 - sizeof(uint32_t)];
 } mpidl_flags;

@@ -24,11 +24,10 @@ typedef void mpidl_kernel(const char *restrict source, char *restrict out, int64
 /* Row: dtype of the source. Column: of what is written. */
 typedef mpidl_kernel *const mpidl_kernels[MPIDL_DTYPES][MPIDL_DTYPES];
 
-/* Writes op(sources[0], sources[1], ...) / divisor for `count` elements to `out`, and to `copy` unless that is null.
- * Each source lies apart from `out` and `copy`, or begins where `out` does.
+/* Writes op(sources[0], sources[1], ...) / divisor for `count` elements to `out`. Each source lies apart from `out`, or
+ * begins where it does.
  */
-typedef void mpidl_reduction(const char *const *sources, int ranks, char *out, char *copy, int64_t count,
-                             double divisor);
+typedef void mpidl_reduction(const char *const *sources, int ranks, char *out, int64_t count, double divisor);
 
 /* Row: dtype. Column: mpidl_op. */
 typedef mpidl_reduction *const mpidl_reductions[MPIDL_DTYPES][MPIDL_OPS];

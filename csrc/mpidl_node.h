@@ -71,4 +71,11 @@ MPIDL_API int mpidl_reduces(int dtype, int op);
  */
 MPIDL_API int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience);
 
+/* Ends this rank's part for good, half-way: from now on no call of any rank is agreed on. */
+MPIDL_API void mpidl_node_give_up(mpidl_node *node);
+
+/* Begins a job anew, as call number `number` on other memory, and moves it on: one call for what is done many times. */
+MPIDL_API int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
+                                int64_t patience);
+
 #endif

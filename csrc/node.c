@@ -9,6 +9,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "copy.h"
 #include "flags.h"
 #include "kernels.h"
 #include "table.h"
@@ -16,6 +17,8 @@
 enum { SLOTS = 2, MAX_RANKS = 1024 }; /* slots: a power of two, since rounds wrap around */
 
 enum { STARTING, AGREEING, MOVING, ENDED };
+
+static const int64_t STREAMED_BYTES = 1 << 24;
 
 /* Nanoseconds that a rank gives its core away, after spinning, before it sleeps; and how long it sleeps at most. */
 enum { YIELDING = 200000, SLEEPING = 1000000 };
@@ -132,6 +135,11 @@ static char *at(uintptr_t memory, const mpidl_job *job, int64_t place) {
     return (char *)memory + place * mpidl_itemsize(job->dtype);
 }
 
+/* Results so large that the caches lose them before they are read. */
+static bool is_streamed(const mpidl_job *job) {
+    return job->count * mpidl_itemsize(job->dtype) >= STREAMED_BYTES;
+}
+
 static void fetch(mpidl_job *job, int64_t place, int64_t count, char *out) {
     if (job->segments > 0) {
         mpidl_gather_range(job, place, count, out);
@@ -149,42 +157,45 @@ static void stage(const mpidl_node *node, mpidl_job *job, int64_t round) {
     }
 }
 
+/* The own slice is read where it lies; from a table it is gathered into `out` first. */
+static void reduce(const mpidl_node *node, mpidl_job *job, uint32_t round, int64_t from, int64_t count, char *out) {
+    const char *sources[MAX_RANKS];
+    for (int rank = 0; rank < node->ranks; rank++) {
+        sources[rank] = piece_of(node, rank, round, node->rank);
+    }
+    sources[node->rank] = at(job->input, job, input_place(job, node->rank, from));
+    if (job->segments > 0) {
+        fetch(job, input_place(job, node->rank, from), count, out);
+        sources[node->rank] = out;
+    }
+    mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, out, count, job->divisor);
+}
+
 static void produce(const mpidl_node *node, mpidl_job *job, int64_t round) {
     uint32_t number = node->rounds + (uint32_t)round;
     int64_t from, count = slice(node, job, round, node->rank, &from);
     if (count == 0) {
         return;
     }
+    const int64_t item = mpidl_itemsize(job->dtype);
     char *shown = shows(node, job) ? piece_of(node, node->rank, number, node->rank) : NULL;
     char *kept = keeps(node, job) ? at(job->output, job, output_place(job, node->rank, from)) : NULL;
-    char *out = kept ? kept : shown;
-    if (!stages(job)) { /* nothing is reduced */
-        fetch(job, input_place(job, node->rank, from), count, shown);
-        if (kept) {
-            memmove(kept, shown, (size_t)(count * mpidl_itemsize(job->dtype)));
-        }
-        return;
-    }
-    const char *sources[MAX_RANKS];
-    for (int rank = 0; rank < node->ranks; rank++) {
-        sources[rank] = piece_of(node, rank, number, node->rank);
-    }
-    if (job->segments > 0) {
-        fetch(job, input_place(job, node->rank, from), count, out);
-        sources[node->rank] = out;
+    char *out = shown ? shown : kept;
+    if (stages(job)) {
+        reduce(node, job, number, from, count, out);
     } else {
-        sources[node->rank] = at(job->input, job, input_place(job, node->rank, from));
+        fetch(job, input_place(job, node->rank, from), count, out);
     }
-    mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, out, kept ? shown : NULL, count, job->divisor);
+    if (shown && kept) {
+        mpidl_copy(kept, shown, count * item, is_streamed(job));
+    }
 }
 
 static void consume(const mpidl_node *node, const mpidl_job *job, int64_t round, int from_rank) {
     int64_t from, count = slice(node, job, round, from_rank, &from);
-    if (count > 0) {
-        memcpy(at(job->output, job, output_place(job, from_rank, from)),
-               piece_of(node, from_rank, node->rounds + (uint32_t)round, from_rank),
-               (size_t)(count * mpidl_itemsize(job->dtype)));
-    }
+    mpidl_copy(at(job->output, job, output_place(job, from_rank, from)),
+               piece_of(node, from_rank, node->rounds + (uint32_t)round, from_rank), count * mpidl_itemsize(job->dtype),
+               is_streamed(job));
 }
 
 /* ------------------------------------------------------------------------------------------ small data */
@@ -212,8 +223,7 @@ static void take_small(const mpidl_node *node, mpidl_job *job) {
     if (job->kind == MPIDL_BROADCAST && node->rank != job->root) {
         memcpy((char *)job->output, sources[job->root], (size_t)nbytes);
     } else if (stages(job) && keeps(node, job)) {
-        mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, (char *)job->output, NULL, job->count,
-                                                  job->divisor);
+        mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, (char *)job->output, job->count, job->divisor);
     }
 }
 
@@ -314,10 +324,16 @@ static bool try_consume(const mpidl_node *node, mpidl_job *job, peer *missing) {
     return true;
 }
 
-/* All announcements are waited for even when one differs: whoever writes its next but one may rely on it. */
+/* All announcements are waited for even when one differs: whoever writes its next but one may rely on it. A rank that
+ * gave up has announced the call, but the others have given it up too, or will: it must not seem to succeed.
+ */
 static bool try_agree(mpidl_node *node, mpidl_job *job, peer *missing) {
     for (; job->agreed < node->ranks; job->agreed++) {
         if (job->agreed != node->rank && waits(node, job->agreed, ANNOUNCED, node->calls, missing)) {
+            return false;
+        }
+        if (atomic_load_explicit(&flags_of(node, job->agreed)->gave_up, memory_order_relaxed)) {
+            *missing = (peer){.rank = job->agreed, .counter = ANNOUNCED, .value = node->calls + 1};
             return false;
         }
         announcement *theirs = announcement_of(node, job->agreed, node->calls);
@@ -430,4 +446,19 @@ int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience) {
         }
     }
     return progress;
+}
+
+int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
+                      int64_t patience) {
+    job->words[0] = number;
+    job->input = (uintptr_t)input;
+    job->output = (uintptr_t)output;
+    job->phase = STARTING;
+    job->agreed = job->taken = job->differs = 0;
+    job->rounds = job->staged = job->produced = job->consumed = 0;
+    return mpidl_node_advance(node, job, patience);
+}
+
+void mpidl_node_give_up(mpidl_node *node) {
+    atomic_store(&flags_of(node, node->rank)->gave_up, 1);
 }

@@ -18,28 +18,25 @@
 enum { REDUCED_AT_ONCE = 512 };
 
 /* What all operations of a dtype share. BITS: elements as they lie in memory. REAL: in which they are combined. */
-#define DEFINE_ENDS(NAME, BITS, REAL, DECODE, ENCODE)                                                              \
-    MPIDL_INLINE REAL NAME##_read(const char *source, int64_t i) {                                                 \
-        BITS bits;                                                                                                 \
-        memcpy(&bits, source + i * (int64_t)sizeof bits, sizeof bits);                                             \
-        return DECODE(bits);                                                                                       \
-    }                                                                                                              \
-    MPIDL_INLINE void NAME##_write(char *out, int64_t i, REAL value) {                                             \
-        BITS bits = ENCODE(value);                                                                                 \
-        memcpy(out + i * (int64_t)sizeof bits, &bits, sizeof bits);                                                \
-    }                                                                                                              \
-    static void NAME##_begin(REAL *restrict results, const char *restrict source, int64_t count) {                 \
-        for (int64_t i = 0; i < count; i++) {                                                                      \
-            results[i] = NAME##_read(source, i);                                                                   \
-        }                                                                                                          \
-    }                                                                                                              \
-    static void NAME##_end(const REAL *restrict results, char *restrict out, char *restrict copy, int64_t count) { \
-        for (int64_t i = 0; i < count; i++) {                                                                      \
-            NAME##_write(out, i, results[i]);                                                                      \
-        }                                                                                                          \
-        if (copy) {                                                                                                \
-            memcpy(copy, out, (size_t)count * sizeof(BITS));                                                       \
-        }                                                                                                          \
+#define DEFINE_ENDS(NAME, BITS, REAL, DECODE, ENCODE)                                              \
+    MPIDL_INLINE REAL NAME##_read(const char *source, int64_t i) {                                 \
+        BITS bits;                                                                                 \
+        memcpy(&bits, source + i * (int64_t)sizeof bits, sizeof bits);                             \
+        return DECODE(bits);                                                                       \
+    }                                                                                              \
+    MPIDL_INLINE void NAME##_write(char *out, int64_t i, REAL value) {                             \
+        BITS bits = ENCODE(value);                                                                 \
+        memcpy(out + i * (int64_t)sizeof bits, &bits, sizeof bits);                                \
+    }                                                                                              \
+    static void NAME##_begin(REAL *restrict results, const char *restrict source, int64_t count) { \
+        for (int64_t i = 0; i < count; i++) {                                                      \
+            results[i] = NAME##_read(source, i);                                                   \
+        }                                                                                          \
+    }                                                                                              \
+    static void NAME##_end(const REAL *restrict results, char *restrict out, int64_t count) {      \
+        for (int64_t i = 0; i < count; i++) {                                                      \
+            NAME##_write(out, i, results[i]);                                                      \
+        }                                                                                          \
     }
 
 #define DEFINE_DIVISION(REAL)                                                          \
@@ -54,23 +51,22 @@ enum { REDUCED_AT_ONCE = 512 };
     }
 
 /* The first source begins the result: combining it with a neutral element is not the same for -0. */
-#define DEFINE_REDUCTION(NAME, TYPE, REAL, COMBINE)                                                        \
-    static void TYPE##_##NAME(const char *const *sources, int ranks, char *out, char *copy, int64_t count, \
-                              double divisor) {                                                            \
-        const int64_t item = mpidl_itemsize_of_##TYPE;                                                     \
-        REAL results[REDUCED_AT_ONCE];                                                                     \
-        for (int64_t at = 0; at < count; at += REDUCED_AT_ONCE) {                                          \
-            const int64_t run = count - at < REDUCED_AT_ONCE ? count - at : REDUCED_AT_ONCE;               \
-            TYPE##_begin(results, sources[0] + at * item, run);                                            \
-            for (int rank = 1; rank < ranks; rank++) {                                                     \
-                const char *source = sources[rank] + at * item;                                            \
-                for (int64_t i = 0; i < run; i++) {                                                        \
-                    results[i] = COMBINE(results[i], TYPE##_read(source, i));                              \
-                }                                                                                          \
-            }                                                                                              \
-            REAL##_divide(results, run, divisor);                                                          \
-            TYPE##_end(results, out + at * item, copy ? copy + at * item : NULL, run);                     \
-        }                                                                                                  \
+#define DEFINE_REDUCTION(NAME, TYPE, REAL, COMBINE)                                                              \
+    static void TYPE##_##NAME(const char *const *sources, int ranks, char *out, int64_t count, double divisor) { \
+        const int64_t item = mpidl_itemsize_of_##TYPE;                                                           \
+        REAL results[REDUCED_AT_ONCE];                                                                           \
+        for (int64_t at = 0; at < count; at += REDUCED_AT_ONCE) {                                                \
+            const int64_t run = count - at < REDUCED_AT_ONCE ? count - at : REDUCED_AT_ONCE;                     \
+            TYPE##_begin(results, sources[0] + at * item, run);                                                  \
+            for (int rank = 1; rank < ranks; rank++) {                                                           \
+                const char *source = sources[rank] + at * item;                                                  \
+                for (int64_t i = 0; i < run; i++) {                                                              \
+                    results[i] = COMBINE(results[i], TYPE##_read(source, i));                                    \
+                }                                                                                                \
+            }                                                                                                    \
+            REAL##_divide(results, run, divisor);                                                                \
+            TYPE##_end(results, out + at * item, run);                                                           \
+        }                                                                                                        \
     }
 
 #define PLUS(a, b) ((a) + (b))
@@ -128,28 +124,21 @@ DEFINE_REDUCTION(product, wrapping64, uint64_t, TIMES)
 
 /* What gradients need: two ranks in one loop, without the detour through partial results. */
 DEFINE_REDUCTION(sum_of_many, float32, float, PLUS)
-MPIDL_INLINE void float32_sum_of_two(const char *first, const char *second, char *out, char *copy, int64_t count,
-                                     float divisor) {
+MPIDL_INLINE void float32_sum_of_two(const char *first, const char *second, char *out, int64_t count, float divisor) {
     MPIDL_INDEPENDENT
     for (int64_t i = 0; i < count; i++) {
         float sum = float32_read(first, i) + float32_read(second, i);
-        sum = divisor == 1 ? sum : sum / divisor;
-        float32_write(out, i, sum);
-        if (copy) {
-            float32_write(copy, i, sum);
-        }
+        float32_write(out, i, divisor == 1 ? sum : sum / divisor);
     }
 }
 
-static void float32_sum(const char *const *sources, int ranks, char *out, char *copy, int64_t count, double divisor) {
+static void float32_sum(const char *const *sources, int ranks, char *out, int64_t count, double divisor) {
     if (ranks != 2) {
-        float32_sum_of_many(sources, ranks, out, copy, count, divisor);
-    } else if (divisor == 1 && copy) {
-        float32_sum_of_two(sources[0], sources[1], out, copy, count, 1);
+        float32_sum_of_many(sources, ranks, out, count, divisor);
     } else if (divisor == 1) {
-        float32_sum_of_two(sources[0], sources[1], out, NULL, count, 1);
+        float32_sum_of_two(sources[0], sources[1], out, count, 1);
     } else {
-        float32_sum_of_two(sources[0], sources[1], out, copy, count, (float)divisor);
+        float32_sum_of_two(sources[0], sources[1], out, count, (float)divisor);
     }
 }
 

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` below does the same, later
-    from mpidl.communicator import Communicator, Request, world
+    from mpidl.communicator import Communicator, world
     from mpidl.errors import (
         ArgumentError,
         ClosedError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.packing import DevicePacked, Packed, pack, unpack
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
+    from mpidl.request import Request
     from mpidl.synchronous import Synchronous
 
 __version__ = "0.1.0"
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 _HOME = {
     "world": "communicator",
     "Communicator": "communicator",
-    "Request": "communicator",
+    "Request": "request",
     "pack": "packing",
     "unpack": "packing",
     "Packed": "packing",

@@ -60,6 +60,9 @@ ffi.cdef(
     int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes);
     int mpidl_reduces(int dtype, int op);
     int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience);
+    void mpidl_node_give_up(mpidl_node *node);
+    int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
+                          int64_t patience);
     """
 )
 

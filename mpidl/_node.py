@@ -57,6 +57,7 @@ def read_from_table(one: Any, table: _native.Segments, addresses: Sequence[int],
 
 
 _advance: Any = None
+_repeat: Any = None
 
 
 def advance(node: Any, one: Any, patience: int) -> int:
@@ -72,3 +73,26 @@ def advance(node: Any, one: Any, patience: int) -> int:
     if progress < 0:
         _native.fail(-progress, f"dtype {one.source_dtype}", f"dtype {one.dtype}", one.scale)
     return progress
+
+
+def buffers(source: Any, target: Any) -> tuple[Any, Any]:
+    """The memory of two arrays as `repeat` takes it.
+
+    Raises:
+        BufferError, TypeError, ValueError: they are not contiguous, or `target` is read-only.
+    """
+    return _native.ffi.from_buffer(source), _native.ffi.from_buffer(target, True)
+
+
+def repeat(node: Any, one: Any, number: int, memory: tuple[Any, Any], patience: int) -> int:
+    """Begins a job anew as call `number`, from one buffer to another, and moves it on as `advance` does."""
+    global _repeat
+    if _repeat is None:
+        _repeat = _native.library().mpidl_node_repeat
+    progress: int = _repeat(node, one, number, *memory, patience)
+    return progress
+
+
+def give_up(node: Any) -> None:
+    """Ends this rank's part half-way: no call of any rank will complete here any more."""
+    _native.library().mpidl_node_give_up(node)

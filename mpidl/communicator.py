@@ -5,15 +5,14 @@ Arrays go in and arrays come out; the steps of each call stand in `operations`, 
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
-from mpidl import leaving, operations, runtime, topology
+from mpidl import operations, runtime, topology
 from mpidl.collectives import Collectives, Steps
 from mpidl.errors import ArgumentError, ClosedError
+from mpidl.request import CallQueue, Request
 from mpidl.service import Service, agree_on_servers, serve
 from mpidl.topology import Topology
-from mpidl.waiting import Watch
 
 _world: Communicator | None = None
 _served = False  # this rank was a server, and its workers have ended
@@ -113,7 +112,7 @@ class Communicator:
         self._collectives = Collectives(ranks, directly=True)
         self.service = service  # how the floors above reach the servers
         self.servers = len(service.servers) if service is not None else 0
-        self._queue: deque[Request] = deque()
+        self._queue = CallQueue()
         self.rank, self.size = ranks.rank, ranks.size
         self.nodes = len(set(ranks.placement.nodes))
         self._parts: list[Communicator] = []
@@ -150,6 +149,14 @@ class Communicator:
             MismatchError: another rank made a different call.
             StalledError: another rank did not come.
         """
+        if out is not None and self._collectives.quick is not None and not self._queue.calls:
+            runtime.mpi()  # refuses forked children
+            done = self._collectives.quick.allreduce(x, op, out)
+            if done is True:
+                return out
+            if done:
+                sequence, steps = done
+                return self._queue.add(Request(self._queue, self._topology, "allreduce", steps, sequence)).wait()
         return self._start("allreduce", operations.allreduce(self._collectives, x, op, out)).wait()
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
@@ -198,8 +205,8 @@ class Communicator:
         Raises:
             ArgumentError: a request is still under way, or this is `mpidl.world()`, which lives as long as MPI.
         """
-        if self._queue:
-            raise ArgumentError(f"free: {len(self._queue)} request(s) still under way; wait for them first")
+        if self._queue.calls:
+            raise ArgumentError(f"free: {len(self._queue.calls)} request(s) still under way; wait for them first")
         if self is _world:
             raise ArgumentError("free: mpidl.world() lives as long as MPI")
         for part in self._parts:
@@ -213,91 +220,6 @@ class Communicator:
 
     def _start(self, name: str, steps: Steps) -> Request:
         runtime.mpi()  # refuses forked children
-        request = Request(self, name, steps)
-        self._queue.append(request)
-        self._advance()
+        request = self._queue.add(Request(self._queue, self._topology, name, steps))
+        self._queue.advance()
         return request
-
-    def _advance(self, *, block: bool = False, until: Request | None = None) -> None:
-        """Drives the calls in the order in which they were made: the next starts when the one before has ended.
-
-        That order is the same on all ranks, so no call's messages can be taken for another's, whichever request the
-        user waits for first.
-        """
-        while self._queue and (until is None or not until.done):
-            front = self._queue[0]
-            if not front.step(block=block, look=until is not None):
-                return
-            self._queue.popleft()
-
-
-class Request:
-    """A call under way; it owns its buffers until it has completed."""
-
-    def __init__(self, communicator: Communicator, name: str, steps: Steps) -> None:
-        self._communicator = communicator
-        self._topology = communicator.topology
-        self._name = name
-        self._steps: Steps | None = steps
-        self._sequence = 0
-        self._pending: Any = None
-        self._watch: Watch | None = None
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self._token = leaving.opened(f"a call of {name} on {self._topology.name}")
-        self.done = False
-
-    def test(self) -> bool:
-        """Returns whether the call has completed, moving it on without blocking."""
-        self._communicator._advance(until=self)
-        return self.done
-
-    def wait(self) -> Any:
-        """Returns the call's result when it has completed; raises what the call raises."""
-        self._communicator._advance(block=True, until=self)
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def step(self, *, block: bool, look: bool) -> bool:
-        """Moves the call on; returns whether it has completed. Called by the communicator, in order.
-
-        Args:
-            block: wait until it has.
-            look: the user waits for it, if only by testing again and again: look around for who is missing.
-        """
-        try:
-            if self._sequence == 0:
-                self._sequence = self._topology.begin()
-                self._resume()
-            while not self.done:
-                if not self._pending.Test():
-                    if not look:
-                        return False
-                    self._watch = self._watch or self._topology.watch(self._name, self._sequence)
-                    if not block:
-                        self._watch.look()
-                        return False
-                    self._watch.wait(self._pending)
-                self._pending = None
-                self._resume()
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            if interrupted or self._pending is not None:  # MPI may still write into what the steps and the error hold
-                self._topology.channel.give_up(self._name, (self._pending, self._steps, error))
-            self._end(None, error)
-            if interrupted:
-                raise
-        return True  # wait() raises what was caught
-
-    def _resume(self) -> None:
-        assert self._steps is not None
-        try:
-            self._pending = next(self._steps)
-        except StopIteration as stop:
-            self._end(stop.value, None)
-
-    def _end(self, result: Any, error: BaseException | None) -> None:
-        self.done, self._result, self._error = True, result, error
-        self._steps = self._pending = None
-        leaving.closed(self._token)

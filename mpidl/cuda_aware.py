@@ -112,6 +112,11 @@ def setting() -> str:
     return text
 
 
+def wished() -> bool:
+    """Whether this rank's user set anything but 0; nonsense too, which is refused where an array on a device comes."""
+    return os.environ.get(VARIABLE, "") not in ("", "0")
+
+
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns a rank's environment without what its launcher put there: a process in it starts MPI alone."""
     return {name: value for name, value in environ.items() if not _OF_LAUNCHERS.match(name)}

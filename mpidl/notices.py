@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ class Channel:
         self._here: dict[int, tuple[int, str]] = {}  # rank -> its answer to the last roll call
         self._lost: tuple[int, str] | None = None  # number of the call that can never complete, and why
         self._kept: list[Any] = []  # requests that MPI still works on and nobody waits for
+        self.when_given_up: Callable[[], None] | None = None  # tells those who do not listen here
         self.given_up: str | None = None  # the call of this rank that ended half-way
         self.limits = limits
         self.sequence = 0  # calls begun on this communicator by this rank
@@ -111,6 +112,8 @@ class Channel:
         if self.given_up is None:
             self.given_up = f"{call} was given up half-way"
             leaving.opened(self.given_up)
+            if self.when_given_up is not None:
+                self.when_given_up()
 
     def leave(self) -> None:
         """Tells all peers that this rank makes no further call."""

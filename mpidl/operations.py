@@ -12,7 +12,7 @@ from typing import Any
 
 from mpidl import arrays, cuda_aware, datatypes, devices
 from mpidl.arrays import ArrayView
-from mpidl.collectives import Call, Collectives, Steps
+from mpidl.collectives import Call, Collectives, Steps, describe_reduction
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 from mpidl.transfer import Target, fetch, widened
 
@@ -31,7 +31,7 @@ def allreduce(ranks: Collectives, x: Any, op: str, out: Any) -> Steps:
     except (TypeError, ValueError) as error:
         yield from ranks.refuse("allreduce", error)
         raise
-    call = yield from ranks.begin(Call("allreduce", f"op={op!r}, {view.dtype}, count {view.count}", view.device))
+    call = yield from ranks.begin(Call("allreduce", describe_reduction(op, view.dtype, view.count), view.device))
     send = yield from _sent(ranks, call, view, op)
     target = Target(x, out, view.shape, call.direct)
     receive = target.memory_for(send, in_place=ranks.takes(send.dtype, op))
@@ -49,7 +49,7 @@ def reduce(ranks: Collectives, x: Any, op: str, root: int, out: Any) -> Steps:
     except (TypeError, ValueError) as error:
         yield from ranks.refuse("reduce", error)
         raise
-    text = f"op={op!r}, {view.dtype}, count {view.count}, root {root}"
+    text = f"{describe_reduction(op, view.dtype, view.count)}, root {root}"
     call = yield from ranks.begin(Call("reduce", text, view.device))
     send = yield from _sent(ranks, call, view, op)
     if ranks.topology.rank != root:
@@ -69,7 +69,7 @@ def reduce_scatter(ranks: Collectives, x: Any, op: str) -> Steps:
     except (TypeError, ValueError) as error:
         yield from ranks.refuse("reduce_scatter", error)
         raise
-    call = yield from ranks.begin(Call("reduce_scatter", f"op={op!r}, {view.dtype}, count {view.count}", view.device))
+    call = yield from ranks.begin(Call("reduce_scatter", describe_reduction(op, view.dtype, view.count), view.device))
     send = yield from _sent(ranks, call, view, op)
     target = Target(x, None, shape, call.direct)
     receive = target.memory_for(send, view.count // ranks.topology.size)

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The C of csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer, with every instruction set that this processor
-# runs, and AVX-512 on any; at -O1, since instrumented loops are not vectorised anyway and -O3 compiles ten times longer.
+# runs, and AVX-512 on any; and with threads standing in for ranks under ThreadSanitizer too. At -O1, since instrumented
+# loops are not vectorised anyway and -O3 compiles ten times longer.
 # A report, a warning or a wrong result ends in a status other than 0.
 set -eu
 cd "$(dirname "$0")/.."
@@ -16,10 +17,16 @@ export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0
 export UBSAN_OPTIONS=print_stacktrace=1
 
 build() { # build SOURCE...: and run what it makes
+    build_with address,undefined,float-cast-overflow "$@"
+}
+
+build_with() { # build_with SANITIZERS SOURCE...
+    sanitizers=$1
+    shift
     # CC may hold a command with arguments.
     # shellcheck disable=SC2086
-    $CC -std=gnu11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-trapping-math -fno-math-errno \
-        -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Icsrc -o "$folder/driver" "$@"
+    $CC -std=gnu11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-trapping-math -fno-math-errno -pthread \
+        "-fsanitize=$sanitizers" -fno-sanitize-recover=all -Icsrc -o "$folder/driver" "$@"
     "$folder/driver"
 }
 
@@ -34,3 +41,7 @@ else
 fi
 printf "the device's kernels, on the host: "
 build -Itests/cuda_host tests/cuda_host/driver.c tests/cuda_host/runtime.c csrc/cuda_memory.c -x c csrc/cuda_packing.cu
+for sanitizers in thread address,undefined; do
+    printf '%s: ' "$sanitizers"
+    build_with "$sanitizers" tests/node_driver.c csrc/kernels*.c csrc/node.c csrc/table.c
+done

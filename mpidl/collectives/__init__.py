@@ -3,9 +3,9 @@
 Arrays, results and requests of the user's stand above, in `operations` and `communicator`.
 """
 
-from mpidl.collectives.agreement import Call, disagreement, number
+from mpidl.collectives.agreement import Call, describe_reduction, disagreement, number
 from mpidl.collectives.chosen import Collectives
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
 
-__all__ = ["Call", "Collectives", "Driven", "Source", "Steps", "disagreement", "number"]
+__all__ = ["Call", "Collectives", "Driven", "Source", "Steps", "describe_reduction", "disagreement", "number"]

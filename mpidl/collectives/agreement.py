@@ -39,6 +39,11 @@ class Call:
         return f"{self.name}({self.arguments})"
 
 
+def describe_reduction(op: str, dtype: str, count: int) -> str:
+    """Returns what reductions have in common as a call's arguments."""
+    return f"op={op!r}, {dtype}, count {count}"
+
+
 @lru_cache(maxsize=1024)
 def number(text: str) -> int:
     """Returns a 62-bit number that differs when the text differs; alike on every rank, run and machine."""

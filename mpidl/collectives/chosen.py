@@ -14,6 +14,7 @@ from mpidl import _node, arrays, cuda_aware, shared_memory
 from mpidl.arrays import ArrayView
 from mpidl.collectives.agreement import Call, agree, explain, number
 from mpidl.collectives.in_node import Job, Node
+from mpidl.collectives.quick import Quick
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
 from mpidl.topology import Topology
@@ -37,7 +38,10 @@ class Collectives:
         self.node: Node | None = None
         if shared_memory.possible(topology) and not (directly and _some_rank_goes_direct(topology)):
             segment = shared_memory.make_segment(topology)
-            self.node = None if segment is None else Node(segment)
+            if segment is not None:
+                self.node = Node(segment)
+                topology.channel.when_given_up = self.node.give_up
+        self.quick = None if self.node is None else Quick(topology, self.node)
 
     def takes(self, dtype: str, op: str) -> bool:
         """Whether `dtype` is reduced by `op` as it stands, in place too; otherwise give its accumulator, apart."""
@@ -144,7 +148,7 @@ class Collectives:
 
 
 def _some_rank_goes_direct(topology: Topology) -> bool:
-    wish = np.array([cuda_aware.setting() != "0"], np.int64)
+    wish = np.array([cuda_aware.wished()], np.int64)
     return bool(topology.gather_words(wish, "asking for CUDA-aware MPI").any())
 
 

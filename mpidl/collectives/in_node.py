@@ -47,8 +47,13 @@ class Node:
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
-        self._end = segment.end
+        self.end = segment.end
         self._queue: deque[Job] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._queue)
 
     def agree(self, words: tuple[int, int]) -> Job:
         """Nothing but the agreement, which is a barrier."""
@@ -85,6 +90,14 @@ class Node:
         pointers = _node.read_from_table(struct, source.table.segments, source.addresses, source.dtype, source.scale)
         return self._start(struct, (pointers, source, receive))
 
+    def give_up(self) -> None:
+        """Makes sure that no rank takes a call for completed that this one gave up."""
+        _node.give_up(self.end)
+
+    def resume(self, struct: Any, kept: Any) -> Job:
+        """Goes on with a call that was begun elsewhere, while none was under way here; `kept` owns its memory."""
+        return self._start(struct, kept)
+
     def _start(self, struct: Any, kept: Any) -> Job:
         job = Job(self, struct, kept)
         self._queue.append(job)
@@ -92,7 +105,7 @@ class Node:
 
     def move(self, job: Job, patience: int) -> bool:
         """Moves calls on in their order until `job` is done; returns whether it is."""
-        queue, end = self._queue, self._end
+        queue, end = self._queue, self.end
         while queue:
             front = queue[0]
             progress = _node.advance(end, front.struct, patience)

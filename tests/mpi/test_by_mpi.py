@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from copies import copied
 from test_every_size import test_all_collectives, test_means
 from test_mismatch import test_all_ranks_get_one_text_that_names_both_sides, test_only_the_call_that_differs_fails
 from test_synchronous import (
@@ -41,8 +42,5 @@ def way(request: Any) -> str:
 @pytest.fixture
 def comm(comm: mpidl.Communicator, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[mpidl.Communicator]:
     """A copy of the communicator whose ranks cannot share memory, or not all of them."""
-    monkeypatch.setenv(*WAYS[way])
-    copy = mpidl.Communicator(comm.topology.data)
-    yield copy
-    copy.barrier()
-    copy.free()
+    with copied(comm, monkeypatch, *WAYS[way]) as copy:
+        yield copy

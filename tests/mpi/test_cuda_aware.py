@@ -15,6 +15,7 @@ from pathlib import Path
 import known
 import pytest
 import torch
+from copies import copied
 
 import mpidl
 from mpidl import cuda_aware, leaving
@@ -37,6 +38,20 @@ from test_devices import (  # noqa: F401 - run again, with this file's `fake`
 SIZES = (1, 4)
 CHILD = Path(__file__).parents[1] / "cuda_host" / "probe_child.py"
 Probes = Callable[..., None]
+
+
+@pytest.fixture
+def comm(comm, monkeypatch) -> Iterator[mpidl.Communicator]:
+    """One that leaves all data to MPI, as where ranks do not share memory, or some rank asks for direct transfers."""
+    with copied(comm, monkeypatch, "MPIDL_SHARED_MEMORY", 0) as copy:
+        yield copy
+
+
+@pytest.fixture
+def world_comm(world_comm, monkeypatch) -> Iterator[mpidl.Communicator]:
+    """Likewise."""
+    with copied(world_comm, monkeypatch, "MPIDL_SHARED_MEMORY", 0) as copy:
+        yield copy
 
 
 @pytest.fixture
@@ -236,3 +251,12 @@ def test_what_a_child_shows_on_hardware(world_comm, undecided):
     total = world_comm.allreduce(x)
     assert torch.equal(total.cpu(), values * float(sum(range(world_comm.size))))
     assert world_comm.allgather(total.bfloat16())[0].equal(total.bfloat16())
+
+
+def test_where_some_rank_wants_it_no_memory_is_shared(world_comm, monkeypatch):
+    monkeypatch.delenv("MPIDL_SHARED_MEMORY")
+    with copied(world_comm, monkeypatch, "MPIDL_CUDA_AWARE", "auto" if world_comm.rank == 1 else "0") as copy:
+        assert copy._collectives.node is None
+        assert copy.allreduce(torch.ones(3)).eq(copy.size).all()
+    with copied(world_comm, monkeypatch, "MPIDL_CUDA_AWARE", "0") as copy:
+        assert (copy._collectives.node is None) == (copy.size == 1)

@@ -12,6 +12,7 @@ from types import ModuleType
 import known
 import numpy as np
 import pytest
+from copies import copied
 
 import mpidl
 from mpidl import arrays, cuda_aware
@@ -22,6 +23,13 @@ from host_build import copies, shared
 
 SIZES = (1, 4)
 DTYPES = ("float32", "float64", "float16", "int32", "complex64")
+
+
+@pytest.fixture
+def comm(comm, monkeypatch) -> Iterator[mpidl.Communicator]:
+    """One that leaves all data to MPI, as where ranks do not share memory, or some rank asks for direct transfers."""
+    with copied(comm, monkeypatch, "MPIDL_SHARED_MEMORY", 0) as copy:
+        yield copy
 
 
 @pytest.fixture(params=["staged", "direct"])

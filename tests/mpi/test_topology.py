@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from copies import copied
 from known import assert_same
 
 import mpidl
 from mpidl import runtime
-
-
-@contextmanager
-def with_nodes_of(comm: mpidl.Communicator, node_size: int | str, monkeypatch: Any) -> Iterator[mpidl.Communicator]:
-    """A copy of `comm` whose ranks seem to be on nodes of `node_size`."""
-    monkeypatch.setenv("MPIDL_NODE_SIZE", str(node_size))
-    copy = mpidl.Communicator(comm.topology.data)
-    yield copy
-    comm.barrier()
-    copy.free()
 
 
 def ranks_of(part: mpidl.Communicator, whole: mpidl.Communicator) -> list[int]:
@@ -43,7 +31,7 @@ def test_pretended_nodes(comm: mpidl.Communicator, node_size: int, monkeypatch: 
     everyone = range(comm.size)
     my_node = [r for r in everyone if r // node_size == comm.rank // node_size]
     my_lane = [r for r in everyone if r % node_size == comm.rank % node_size]
-    with with_nodes_of(comm, node_size, monkeypatch) as copy:
+    with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", node_size) as copy:
         assert copy.nodes == -(-comm.size // node_size)
         assert ranks_of(copy.node, copy) == my_node
         assert ranks_of(copy.lane, copy) == my_lane
