@@ -81,7 +81,7 @@ def buffers(source: Any, target: Any) -> tuple[Any, Any]:
     Raises:
         BufferError, TypeError, ValueError: they are not contiguous, or `target` is read-only.
     """
-    return _native.ffi.from_buffer(source), _native.ffi.from_buffer(target, True)
+    return _native.ffi.from_buffer(source), _native.ffi.from_buffer(target, require_writable=True)
 
 
 def repeat(node: Any, one: Any, number: int, memory: tuple[Any, Any], patience: int) -> int:

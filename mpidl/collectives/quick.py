@@ -16,7 +16,6 @@ from mpidl.collectives.in_node import Node
 from mpidl.collectives.steps import Steps
 from mpidl.topology import Topology
 
-_MOST = 1 << 16  # bytes; beyond, the detour costs nothing
 _KINDS = 1024  # of calls that are remembered
 _PATIENCE = 100_000  # nanoseconds, until signals and lost peers are looked after
 
@@ -61,7 +60,7 @@ class Quick:
     def _prepared(self, x: np.ndarray[Any, Any], op: str) -> tuple[Any, Call] | None:
         """Prepares for calls like this one, if they are for here."""
         dtype = x.dtype.name
-        if not 0 < x.nbytes <= _MOST or not isinstance(op, str) or len(self._known) == _KINDS:
+        if not x.size or not isinstance(op, str) or len(self._known) == _KINDS:
             return None
         try:
             datatypes.check(dtype, op)
