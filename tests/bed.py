@@ -1,4 +1,4 @@
-"""Runs one file of tests/mpi inside ranks, watches them, and gathers what they found.
+"""Runs files of tests/mpi inside ranks, watches them, and gathers what they found.
 
 Every rank keeps files of its own in a folder of the launch (rank_main.py and mpi/conftest.py write them, `K` is the
 rank): `K.pid`; `K.log`, all that it printed; `K.jsonl`, a line for each test begun and ended and one for the end;
@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Settings:
 
     ranks: tuple[int, ...] = _DEFAULT_RANKS  # RANKS = (4, 8): one launch each
     time_limit: float = TIME_LIMIT  # TIME_LIMIT = 60: seconds for each launch
+    with_others: bool = False  # WITH_OTHERS = True: may share a launch, since it leaves nothing behind
 
 
 @dataclass
@@ -55,40 +57,72 @@ class Outcome:
         parts = [f"{self.passed} passed", f"{len(self.skipped)} skipped"]
         if self.problem:
             parts.insert(0, f"{self.failed} failed")
-        return f"{', '.join(parts)} inside the ranks in {self.seconds:.1f} s"
+        time = f"in {self.seconds:.1f} s" if self.seconds else "in a launch before"
+        return f"{', '.join(parts)} inside the ranks {time}"
 
 
 def settings(path: Path) -> Settings:
-    """Reads RANKS and TIME_LIMIT from a test file's top level."""
+    """Reads RANKS, TIME_LIMIT and WITH_OTHERS from a test file's top level."""
     found: dict[str, Any] = {}
     for node in ast.parse(path.read_text(), str(path)).body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in ("RANKS", "TIME_LIMIT"):
+            if name in ("RANKS", "TIME_LIMIT", "WITH_OTHERS"):
                 found[name] = ast.literal_eval(node.value)
-    return Settings(tuple(found.get("RANKS", _DEFAULT_RANKS)), float(found.get("TIME_LIMIT", TIME_LIMIT)))
+    ranks, limit = tuple(found.get("RANKS", _DEFAULT_RANKS)), float(found.get("TIME_LIMIT", TIME_LIMIT))
+    return Settings(ranks, limit, bool(found.get("WITH_OTHERS", False)))
 
 
-def run_file(path: Path, ranks: int, root: Path, arguments: tuple[str, ...] = ()) -> Outcome:
-    """Runs the tests of `path` with `ranks` ranks; `arguments` go to the pytest inside."""
-    limit = settings(path).time_limit
+def run_files(paths: Sequence[Path], ranks: int, root: Path, arguments: tuple[str, ...] = ()) -> list[Outcome]:
+    """Runs the tests of some files in one launch of `ranks` ranks; `arguments` go to the pytest inside.
+
+    Returns:
+        What came of each file, in order, up to the one that failed: those behind it have not come to their end.
+    """
+    limit = sum(settings(path).time_limit for path in paths)
     folder = Path(tempfile.mkdtemp(prefix="mpidl-ranks-"))
-    program = [sys.executable, str(Path(__file__).with_name("rank_main.py")), str(path), *arguments]
+    program = [sys.executable, str(Path(__file__).with_name("rank_main.py")), *map(str, paths), *arguments]
     env = {FOLDER: str(folder), RANKS: str(ranks), "MPIDL_TESTS_LIMIT": str(limit), "PYTHONUNBUFFERED": "1"}
     running = start_ranks(ranks, program, env=env, cwd=root)
     try:
         stopped, vanished = _watch(running, folder, ranks, limit)
         running.kill()
-        outcome = _judge(folder, ranks, running)
-        if outcome.failed or stopped:
-            outcome.failed = max(outcome.failed, 1)
-            outcome.problem = _report(folder, ranks, running, stopped, vanished)
-        elif not (outcome.passed or outcome.skipped or arguments):
-            outcome.problem = "not one test was collected inside the ranks"
-        return outcome
+        whole = running.process.returncode == 0 and _all_ended_well(folder, ranks)
+        if not whole and len(paths) > 1 and not _begun(folder, ranks):  # one cannot even be imported: which?
+            return run_files(paths[:1], ranks, root, arguments)
+        outcomes = [_judge(folder, ranks, path) for path in _came_to(folder, ranks, paths, whole)]
+        outcomes[0].seconds = running.seconds
+        if not whole or stopped:
+            outcomes[-1].failed = max(outcomes[-1].failed, 1)
+            outcomes[-1].problem = _report(folder, ranks, running, stopped, vanished)
+        for outcome in outcomes:
+            if not (outcome.problem or outcome.passed or outcome.skipped or arguments):
+                outcome.problem = "not one test was collected inside the ranks"
+        return outcomes
     finally:
         running.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _came_to(folder: Path, ranks: int, paths: Sequence[Path], whole: bool) -> Sequence[Path]:
+    """The files that had their turn: all, or those up to the one in which some rank's last test stands."""
+    if whole:
+        return paths
+    begun = _begun(folder, ranks)
+    last = max((i for i, path in enumerate(paths) if any(_is_of(test, path) for test in begun)), default=0)
+    return paths[: last + 1]
+
+
+def _begun(folder: Path, ranks: int) -> list[str]:
+    return [line["begun"] for rank in range(ranks) for line in _lines(folder, rank) if "begun" in line]
+
+
+def _is_of(test: str, path: Path) -> bool:
+    return Path(test.partition("::")[0]).name == path.name
+
+
+def _all_ended_well(folder: Path, ranks: int) -> bool:
+    return all((lines := _lines(folder, rank)) and lines[-1].get("exit") == 0 for rank in range(ranks))
 
 
 def _watch(running: Running, folder: Path, ranks: int, limit: float) -> tuple[str, list[int]]:
@@ -122,13 +156,13 @@ def _dump_stacks(folder: Path, ranks: int) -> None:
     time.sleep(1.0)  # the handlers write at once, but two cores may be busy
 
 
-def _judge(folder: Path, ranks: int, running: Running) -> Outcome:
-    """Puts the ranks' files together: a test passed if it ran on some rank and every rank came to the end."""
-    lines = [_lines(folder, rank) for rank in range(ranks)]
+def _judge(folder: Path, ranks: int, path: Path) -> Outcome:
+    """Puts the ranks' files together: a test passed if it ran on some rank and failed on none."""
     verdicts: dict[str, dict[str, str]] = {}
-    for line in (line for lines_of_rank in lines for line in lines_of_rank if "outcome" in line):
-        verdicts.setdefault(line["test"], {})[line["outcome"]] = line["why"]
-    outcome = Outcome(seconds=running.seconds)
+    for line in (line for rank in range(ranks) for line in _lines(folder, rank) if "outcome" in line):
+        if _is_of(line["test"], path):
+            verdicts.setdefault(line["test"], {})[line["outcome"]] = line["why"]
+    outcome = Outcome()
     for test, found in verdicts.items():
         if "failed" in found:
             outcome.failed += 1
@@ -136,9 +170,6 @@ def _judge(folder: Path, ranks: int, running: Running) -> Outcome:
             outcome.passed += 1
         else:
             outcome.skipped[test] = found.get("skipped", OUTSIDE)
-    ended_well = all(lines_of_rank and lines_of_rank[-1].get("exit") == 0 for lines_of_rank in lines)
-    if running.process.returncode != 0 or not ended_well:
-        outcome.failed = max(outcome.failed, 1)
     return outcome
 
 

@@ -1,7 +1,8 @@
-"""What pytest does in the parent process, which never starts MPI: each file of tests/mpi becomes one launch of ranks.
+"""What pytest does in the parent process, which never starts MPI: files of tests/mpi become launches of ranks.
 
     pytest                                   the whole suite on this environment's MPI, without a SLURM cluster
     pytest -m slurm                          on a SLURM cluster of its own (root; see slurm/cluster.sh)
+    pytest -m guards                         the tests of the tests: each planted fault must turn one red
     pytest tests/mpi --inside='-k float16'   arguments for the pytest inside the ranks
 
 Inside the ranks this file steps aside; mpi/conftest.py acts there.
@@ -16,13 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bed import FOLDER, Outcome, run_file, settings
+from bed import FOLDER, Outcome, run_files, settings
 from launching import kill_all
 
 _INSIDE = FOLDER in os.environ
 _MPI_TESTS = Path(__file__).parent / "mpi"
+_IN_ONE_LAUNCH = 6  # files
 _outcomes = pytest.StashKey[dict[str, Outcome]]()
-_left_out = pytest.StashKey[int]()  # tests that need a SLURM cluster
+_ON_REQUEST = {"slurm": "tests on a SLURM cluster", "guards": "tests of the tests"}
+_left_out = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,17 +35,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_outcomes] = {}
+    config.stash[_left_out] = {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the tests that need a SLURM cluster out unless they were asked for."""
-    if _INSIDE or "slurm" in config.option.markexpr:
+    """Leaves out the tests that are run only when they are asked for."""
+    if _INSIDE:
         return
-    left_out = [item for item in items if item.get_closest_marker("slurm")]
-    if left_out:
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[_left_out] = len(left_out)
+    for mark in _ON_REQUEST:
+        left_out = [item for item in items if mark not in config.option.markexpr and item.get_closest_marker(mark)]
+        if left_out:
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
+            config.stash[_left_out][mark] = len(left_out)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -65,18 +70,32 @@ class RanksFailedError(Exception):
 
 
 class RanksItem(pytest.Item):
-    """One launch of a test file."""
+    """A test file in ranks: a launch of its own, or a part of one with other files."""
 
     def __init__(self, *, ranks: int, **kwargs: object) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.ranks = ranks
+        self.with_others = settings(self.path).with_others
 
     def runtest(self) -> None:
-        inside = tuple(shlex.split(self.config.getoption("--inside")))
-        outcome = run_file(self.path, self.ranks, self.config.rootpath, inside)
-        self.config.stash[_outcomes][self.nodeid] = outcome
+        outcomes = self.config.stash[_outcomes]
+        if self.nodeid not in outcomes:
+            inside = tuple(shlex.split(self.config.getoption("--inside")))
+            items = self._together() if self.with_others and not inside else [self]
+            found = run_files([item.path for item in items], self.ranks, self.config.rootpath, inside)
+            outcomes |= {item.nodeid: outcome for item, outcome in zip(items, found, strict=False)}
+        outcome = outcomes[self.nodeid]
         if outcome.problem:
             raise RanksFailedError(f"{outcome}\n{outcome.problem}")
+
+    def _together(self) -> list[RanksItem]:
+        """This item and the next few that may share its launch; torch's import takes longer than most files."""
+        done = self.config.stash[_outcomes]
+        return [
+            item
+            for item in self.session.items
+            if isinstance(item, RanksItem) and item.with_others and item.ranks == self.ranks and item.nodeid not in done
+        ][:_IN_ONE_LAUNCH]
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:
         if isinstance(excinfo.value, RanksFailedError):
@@ -108,8 +127,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{name}: {outcome}")
         for test, why in outcome.skipped.items():
             terminalreporter.write_line(f"    SKIPPED {test.rpartition('::')[2]}: {why}")
-    if _left_out in config.stash:
-        terminalreporter.write_line(f"{config.stash[_left_out]} tests on a SLURM cluster were not run: pytest -m slurm")
+    for mark, count in config.stash[_left_out].items():
+        terminalreporter.write_line(f"{count} {_ON_REQUEST[mark]} were not run: pytest -m {mark}")
     if config.getoption("--totals"):
         _write_totals(Path(config.getoption("--totals")), terminalreporter.stats, outcomes)
 

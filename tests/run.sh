@@ -11,8 +11,8 @@ usage: tests/run.sh [--only mpich|openmpi] [--environments DIR] [-- PYTEST ARGUM
 Makes DIR/.venv-mpich and DIR/.venv-openmpi (DIR: the top of the checkout), or brings those that are there up to date,
 and runs pytest in each, both at the same time: tests of ranks that wait, sleep or are killed leave the cores idle for
 more than half of their time. What the second prints follows when the first has ended. The last line counts the tests of
-both, those inside the ranks included; the exit status is 0 only if none failed. What has no MPI in it or judges the tests
-themselves runs in one of the two. --prepare makes the environments and stops there. MPIDL_TORCH_INDEX names a further package index for torch, as for jobs/quickstart.sh.
+both, those inside the ranks included; the exit status is 0 only if none failed. What has no MPI in it runs in one of the
+two. --prepare makes the environments and stops there. MPIDL_TORCH_INDEX names a further package index for torch, as for jobs/quickstart.sh.
 TEXT
 }
 
@@ -76,9 +76,11 @@ for mpi in "${mpis[@]}"; do prepare "$mpi"; done
 [ -z "$prepare_only" ] || exit 0
 left_to_second=() left_to_first=()
 if [ ${#mpis[@]} -gt 1 ]; then
-    if [ $# -eq 0 ]; then # tests/unit never starts MPI; test_bed.py judges the bed that starts the ranks
-        left_to_first=(--ignore=tests/unit)
-        left_to_second=(--ignore=tests/programs/test_bed.py)
+    if [ $# -eq 0 ]; then # what no MPI has a part in, or would be the same on another
+        left_to_first=(unit programs/test_train_refused.py programs/test_launching.py mpi/test_cupy.py)
+        left_to_second=(programs/test_bench.py programs/test_train_fashion_mnist.py mpi/test_device_training.py)
+        left_to_first=("${left_to_first[@]/#/--ignore=tests/}")
+        left_to_second=("${left_to_second[@]/#/--ignore=tests/}")
     fi
     set -m # a process group of its own, so that all of it can be ended
     suite "${mpis[1]}" "${left_to_first[@]}" "$@" > "$folder/second.log" 2>&1 &

@@ -30,6 +30,7 @@ __all__ = [
     "test_uneven_loaders",
 ]
 
+WITH_OTHERS = True
 SIZES = (3, 4)
 WAYS = {"switched off": ("MPIDL_SHARED_MEMORY", "0"), "nodes of 2": ("MPIDL_NODE_SIZE", "2")}
 

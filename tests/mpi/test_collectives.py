@@ -11,6 +11,8 @@ from known import ARRAYS, COMPLEX, OPS, WHOLE, assert_same, defined, make, own, 
 
 import mpidl
 
+WITH_OTHERS = True
+
 REDUCED = [(kind, dtype) for kind, dtype in ARRAYS if dtype != "bool"]
 COUNTS = (1, 5, 0, 1000)
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
 from fake_cupy import stand_in
 from host_build import copies, shared
 
+WITH_OTHERS = True
 SIZES = (1, 4)
 DTYPES = ("float32", "float64", "float16", "int32", "complex64")
 

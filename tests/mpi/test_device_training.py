@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
 from fake import Fake, fake_device
 from host_build import launches
 
+WITH_OTHERS = True
 SIZES = (1, 4)
 
 

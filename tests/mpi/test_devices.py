@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
 from fake import Fake, fake_device
 from host_build import finish, host_cuda, launches
 
+WITH_OTHERS = True
 SIZES = (1, 4)
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "complex64")
 

@@ -8,6 +8,7 @@ from known import assert_same, own, reduced, values
 
 import mpidl
 
+WITH_OTHERS = True
 RANKS = (4, 8)
 
 

@@ -11,6 +11,7 @@ from known import assert_same
 
 import mpidl
 
+WITH_OTHERS = True
 SIZES = (2, 3, 4)
 
 Call = Callable[[mpidl.Communicator], Any]

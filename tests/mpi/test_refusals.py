@@ -8,6 +8,8 @@ from training_helpers import abandon, batch, loss_of, mlp
 
 import mpidl
 
+WITH_OTHERS = True
+
 CLASSES = {
     "Synchronous": mpidl.Synchronous,
     "Downpour": mpidl.Downpour,

@@ -13,6 +13,8 @@ from known import assert_same
 import mpidl
 from mpidl import runtime
 
+WITH_OTHERS = True
+
 
 def duplicate(comm: mpidl.Communicator) -> mpidl.Communicator:
     """A communicator of the same ranks that a test may free."""

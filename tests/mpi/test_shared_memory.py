@@ -16,6 +16,7 @@ from mpidl import arrays, shared_memory
 from mpidl.collectives import Call, Driven, Source, chosen
 from mpidl.packing import Table
 
+WITH_OTHERS = True
 SIZES = (2, 3, 4)
 PIECES = (64, 192, 4096)  # bytes of a slice: the data below take from one turn to hundreds
 COUNTS = (1, 15, 16, 17, 100, 1000, 5000)

@@ -10,6 +10,8 @@ from training_helpers import FEATURES, assert_alike, assert_close, batch, loss_o
 
 import mpidl
 
+WITH_OTHERS = True
+
 OPTIMIZERS = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),

@@ -8,6 +8,8 @@ from training_helpers import assert_alike, batch, loss_of, mlp, union
 
 import mpidl
 
+WITH_OTHERS = True
+
 
 def test_bfloat16_model_is_reduced_in_float32(comm):
     """Sums of small integers are exact in float32 and would not be in bfloat16 (256 + 1 is 256 there)."""

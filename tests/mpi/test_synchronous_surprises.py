@@ -11,6 +11,8 @@ from training_helpers import assert_alike, batch, loss_of, mlp, union
 
 import mpidl
 
+WITH_OTHERS = True
+
 
 def test_copies_of_the_model_and_the_users_own_hooks(comm):
     """A copy of the model, for a running average say, knows nothing of other ranks; a pickle neither."""

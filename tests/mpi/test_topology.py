@@ -13,6 +13,8 @@ from known import assert_same
 import mpidl
 from mpidl import runtime
 
+WITH_OTHERS = True
+
 
 def ranks_of(part: mpidl.Communicator, whole: mpidl.Communicator) -> list[int]:
     return [int(r) for r in part.allgather(np.array([whole.rank]))[:, 0]]

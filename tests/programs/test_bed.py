@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.guards
+
 TESTS = Path(__file__).parents[1]
 BED = ("conftest.py", "launching.py", "bed.py", "rank_main.py", "mpi/conftest.py")
 
@@ -148,6 +150,24 @@ def test_what_passes_is_counted(tmp_path: Path) -> None:
     assert run.printed.count("1 passed, 1 skipped inside the ranks") == 2  # two launches
     assert "planted reason" in run.printed
     assert (tmp_path / "totals").read_text().split() == ["2", "0", "2"]
+
+
+def test_of_a_shared_launch_only_the_file_that_fails_fails(tmp_path: Path) -> None:
+    good, bad = (
+        "def test_good():\n    pass\n",
+        "def test_good():\n    pass\n\ndef test_bad():\n    assert not 'planted'\n",
+    )
+    together = "RANKS = (2,)\nWITH_OTHERS = True\n"
+    run = planted(tmp_path, a=together + good, b=together + bad, c=together + BROKEN_IMPORT, d=together + good)
+    assert run.returncode == 1
+    assert run.printed.count("2-ranks: 1 passed, 0 skipped inside the ranks in") == 2  # d in a launch behind b's
+    assert "assert not 'planted'" in run.section("test_b.py with 2 ranks"), run.printed
+    assert "No module named 'a_module_that_nobody_has'" in run.section("test_c.py with 2 ranks"), run.printed
+    assert (tmp_path / "totals").read_text().split() == ["3", "2", "0"]
+
+    again = planted(tmp_path, b=together + good, c=together + good)
+    assert again.returncode == 0, again.printed
+    assert again.printed.count("1 passed, 0 skipped inside the ranks in a launch before") == 3
 
 
 def test_comm_has_every_size(tmp_path: Path) -> None:

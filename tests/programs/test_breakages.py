@@ -16,6 +16,8 @@ import pytest
 
 import mpidl
 
+pytestmark = pytest.mark.guards
+
 TOP = Path(__file__).parents[2]
 
 if Path(sys.executable).with_name("ompi_info").exists():  # this environment's MPI is Open MPI from PyPI
