@@ -143,8 +143,8 @@ static bool is_streamed(const mpidl_job *job) {
 static void fetch(mpidl_job *job, int64_t place, int64_t count, char *out) {
     if (job->segments > 0) {
         mpidl_gather_range(job, place, count, out);
-    } else if (count > 0) {
-        memcpy(out, at(job->input, job, place), (size_t)(count * mpidl_itemsize(job->dtype)));
+    } else {
+        mpidl_copy(out, at(job->input, job, place), count * mpidl_itemsize(job->dtype), false);
     }
 }
 
