@@ -46,7 +46,8 @@ class BucketMemory:
         self._is_finite: Callable[[], bool] = lambda: True
         self._slots = dict(zip(bucket.members, bucket.layout.slots, strict=True))
         self._table = Table(tuple(s.count for s in bucket.layout.slots), tuple(s.offset for s in bucket.layout.slots))
-        self._orders = {index: memory_order(parameters[index]) for index in bucket.members}
+        orders = {index: memory_order(parameters[index]) for index in bucket.members}
+        self._orders = {index: order for index, order in orders.items() if order != tuple(range(len(order)))}
         self._allocate(np.dtype("float64" if bucket.layout.dtype == "float64" else "float32"))
 
     def _allocate(self, dtype: np.dtype[Any]) -> None:
@@ -87,14 +88,17 @@ class BucketMemory:
 
     def unpack(self, gradients: dict[int, torch.Tensor]) -> None:
         """Overwrites the gradients of some parameters, by index, with the reduced ones."""
+        if not gradients:
+            return
         targets = {index: self._in_order(index, gradient) for index, gradient in gradients.items()}
         dense = {index: _dense_like(target) for index, target in targets.items()}
-        views = [arrays.view(one) for one in dense.values()]
-        slots = [self._slots[index] for index in dense]
-        if views:
+        table = self._table
+        if len(gradients) < len(self.bucket.members):
+            slots = [self._slots[index] for index in dense]
             table = Table(tuple(slot.count for slot in slots), tuple(slot.offset for slot in slots))
-            flat = arrays.view(self._receive)
-            table.scatter([one.address for one in views], views[0].dtype, flat.address, flat.dtype)
+        flat = arrays.view(self._receive)
+        addresses = [one.data_ptr() for one in dense.values()]
+        table.scatter(addresses, self.bucket.layout.dtype, flat.address, flat.dtype)
         self._written(targets, dense)
 
     def launch(self, ranks: Collectives, words: tuple[int, int], total: int) -> None:
@@ -106,8 +110,7 @@ class BucketMemory:
             total: of all their weights.
         """
         present = {i: self._in_order(i, g).contiguous() for i, g in self._gradients.items() if g is not None}
-        views = {index: arrays.view(gradient) for index, gradient in present.items()}
-        addresses = [views[index].address if index in views else 0 for index in self.bucket.members]
+        addresses = [present[index].data_ptr() if index in present else 0 for index in self.bucket.members]
         source = Source(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
         self._request, self._is_finite = ranks.start_gathered_sum(words, source, arrays.view(self._receive), total)
         _under_way.add(self)
@@ -131,16 +134,16 @@ class BucketMemory:
         _under_way.discard(self)
 
     def _in_order(self, index: int, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.detach().permute(self._orders[index])
+        order = self._orders.get(index)  # None: as it stands
+        return gradient.detach() if order is None else gradient.detach().permute(order)
 
     @staticmethod
     def _written(targets: dict[int, torch.Tensor], dense: dict[int, torch.Tensor]) -> None:
         """Copies what was unpacked beside a strided gradient into it; tells autograd of the others."""
         for index, target in targets.items():
-            if dense[index] is target:
-                arrays.mark_written(arrays.view(target))
-            else:
+            if dense[index] is not target:
                 target.copy_(dense[index])
+        torch.autograd.graph.increment_version([one for one in targets.values() if not one.is_inference()])
 
 
 class DeviceBucketMemory(BucketMemory):

@@ -80,7 +80,7 @@ class Reducer:
         layout_hash = 0
         for bucket in cut:
             layout_hash = (layout_hash * 31 + bucket.layout.fingerprint()) % 2**62
-        self._header = StepHeader(self._ranks, layout_hash)
+        self._header = StepHeader(ranks, layout_hash)
         self._statistics = statistics
         self._round: _Round | None = None
         self._unsynced: set[int] = set()
@@ -230,7 +230,7 @@ class Reducer:
         agreed = np.empty_like(np.packbits(flags))
         sequence = self._ranks.begin()
         mine = np.packbits(flags)
-        self._ranks.wait(self._ranks.start_words_or(mine, agreed), "the end of a synchronised step", sequence)
+        self._ranks.wait(self._collectives.start_words_or(mine, agreed), "the end of a synchronised step", sequence)
         flags = np.unpackbits(agreed, count=flags.size)
         again = [number for number in range(len(self._memories)) if flags[count + number]]
         for number in again:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from mpidl import leaving
-from mpidl.collectives import disagreement
+from mpidl.collectives import Collectives, disagreement
 from mpidl.errors import ArgumentError, MismatchError, RankFailedError
-from mpidl.topology import Topology
 
 STEPPING, FINISHED, FAILED = 1, 2, 3
 _EQUAL, _GIVEN = 0, 1  # weights: all ranks alike, or by `samples(k)`
@@ -33,8 +32,8 @@ class Header:
 class StepHeader:
     """Exchanges the words of one optimiser's ranks, once per step."""
 
-    def __init__(self, ranks: Topology, layout_hash: int) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Collectives, layout_hash: int) -> None:
+        self._collectives, self._ranks = ranks, ranks.topology
         self._layout = layout_hash
 
     def start(self, state: int, samples: int | None, steps: int, stopping: bool) -> Callable[[bool], Header | None]:
@@ -53,7 +52,7 @@ class StepHeader:
         words = np.array([self._layout, state, weight, kind, steps, stopping], np.int64)
         everyone = np.empty((self._ranks.size, words.size), np.int64)
         sequence = self._ranks.begin()
-        request = self._ranks.start_words_gather(words, everyone)
+        request = self._collectives.start_words_gather(words, everyone)
 
         def get(block: bool) -> Header | None:
             if block:

@@ -20,6 +20,8 @@ from mpidl.collectives.steps import Driven, Steps
 from mpidl.topology import Topology
 from mpidl.transfer import carry_out
 
+_WORDS = (0, number("words of agreement"))  # what these say is compared by whoever asks for them
+
 
 class Collectives:
     """The collectives of one topology's ranks on flat memory; making one is a collective.
@@ -124,6 +126,23 @@ class Collectives:
             yield from explain(self.topology, call)
 
     # For the reducer, whose step header has agreed on everything: what begins here is a request, not a generator.
+
+    def start_words_gather(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Any:
+        """Starts collecting every rank's words, alike in length, on every rank; both arrays must outlive it."""
+        if self.node is None:
+            return self.topology.start_words_gather(send, receive)
+        return self.node.allgather(_WORDS, arrays.view(send), arrays.view(receive))
+
+    def start_words_or(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Any:
+        """Starts a bitwise or of uint8 words over all ranks; both arrays must outlive it."""
+        if self.node is None:
+            return self.topology.start_words_or(send, receive)
+        return Driven(self._or_of_all(send, receive))
+
+    def _or_of_all(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Steps:
+        everyone = np.empty((self.topology.size, send.size), send.dtype)
+        yield self.start_words_gather(send, everyone)
+        np.bitwise_or.reduce(everyone, axis=0, out=receive)
 
     def start_sum(self, words: tuple[int, int], send: ArrayView, receive: ArrayView, divisor: int) -> Job | Driven:
         """Starts the sum of `send` over all ranks, divided by `divisor`, into `receive`; they lie apart."""

@@ -101,6 +101,7 @@ class Node:
     def _start(self, struct: Any, kept: Any) -> Job:
         job = Job(self, struct, kept)
         self._queue.append(job)
+        self.move(job, 0)  # the others need not wait until somebody asks for it
         return job
 
     def move(self, job: Job, patience: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import mpidl
-from mpidl import arrays, shared_memory
+from mpidl import arrays, operations, shared_memory
 from mpidl.collectives import Call, Driven, Source, chosen
 from mpidl.packing import Table
 
@@ -170,3 +171,45 @@ def test_the_switch_takes_0_and_1_only(comm: mpidl.Communicator, monkeypatch: An
     copy = mpidl.Communicator(comm.topology.data)
     assert copy.allreduce(np.ones(3))[0] == comm.size
     copy.free()
+
+
+def test_plain_arrays_take_the_quick_way(comm: mpidl.Communicator, monkeypatch: Any):
+    monkeypatch.setattr(operations, "allreduce", lambda *_: pytest.fail("the long way was taken"))
+    for dtype in ("float32", "float64", "float16", "int32", "int64"):
+        for count in (1, 100, 100_000):
+            x = np.full(count, comm.rank + 1, dtype)
+            out = np.zeros_like(x)
+            for op, expected in (("sum", comm.size * (comm.size + 1) // 2), ("min", 1), ("max", comm.size)):
+                assert comm.allreduce(x, op, out=out) is out
+                assert (out == expected).all()
+            assert comm.allreduce(x, out=x) is x  # in place
+            assert (x == comm.size * (comm.size + 1) // 2).all()
+    mean = comm.allreduce(np.full(3, float(comm.rank)), "mean", out=np.zeros(3))
+    assert (mean == (comm.size - 1) / 2).all()
+
+
+def test_the_quick_way_waits_and_says_what_differs(comm: mpidl.Communicator):
+    x, out = np.ones(10, np.float32), np.zeros(10, np.float32)
+    for _ in range(2):
+        with pytest.raises(mpidl.MismatchError, match=r"op='max'.*op='sum'|op='sum'.*op='max'"):
+            comm.allreduce(x, "max" if comm.rank == 1 else "sum", out=out)
+        if comm.rank == 1:
+            time.sleep(0.3)  # the others wait longer than the quick way does
+        assert (comm.allreduce(x, out=out) == comm.size).all()
+
+
+def test_what_is_not_plain_is_refused_or_taken_as_before(comm: mpidl.Communicator):
+    x = np.arange(20.0)
+    fixed = np.zeros(10)
+    fixed.setflags(write=False)
+    with pytest.raises(mpidl.ArgumentError, match="read-only"):
+        comm.allreduce(x[:10], out=fixed)
+    with pytest.raises(mpidl.ArgumentError, match="shape"):
+        comm.allreduce(x[:10], out=np.zeros(11))
+    with pytest.raises(mpidl.ArgumentError, match="op is 'median'"):
+        comm.allreduce(x[:10], "median", out=np.zeros(10))
+    strided = np.zeros(20)[::2]
+    assert (comm.allreduce(x[::2] if comm.rank else x[:20:2].copy(), out=strided) == comm.size * x[::2]).all()
+    overlapping = np.arange(12.0)
+    result = comm.allreduce(overlapping[:10], out=overlapping[2:])
+    assert (result == comm.size * np.arange(10.0)).all()
