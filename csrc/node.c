@@ -5,20 +5,16 @@
  * its own slice from what all staged, in rank order, and *consumes* what the others produced. Its own slice is never
  * staged. Each of the three has a counter per rank (flags.h). Kinds leave out what they do not need; their counters are
  * then raised at once, so that all counters of all ranks stand at the same number between two calls.
+ *
+ * Here is the order of things; what a turn does stands in turns.c, what lies where in segment.h.
  */
-#include <math.h>
 #include <string.h>
 
-#include "copy.h"
-#include "flags.h"
 #include "kernels.h"
-#include "table.h"
-
-enum { SLOTS = 2, MAX_RANKS = 1024 }; /* slots: a power of two, since rounds wrap around */
+#include "segment.h"
+#include "turns.h"
 
 enum { STARTING, AGREEING, MOVING, ENDED };
-
-static const int64_t STREAMED_BYTES = 1 << 24;
 
 /* Nanoseconds that a rank gives its core away, after spinning, before it sleeps; and how long it sleeps at most. */
 enum { YIELDING = 200000, SLEEPING = 1000000 };
@@ -29,23 +25,6 @@ typedef struct {
     uint32_t value;
 } peer;
 
-/* ------------------------------------------------------------------------------------------ where things are */
-
-typedef struct {
-    int64_t words[2];
-    char padding[48];
-    char small[];
-} announcement;
-
-static int64_t announcement_nbytes(int64_t small_nbytes) {
-    return (int64_t)sizeof(announcement) + (small_nbytes + 63) / 64 * 64;
-}
-
-static int64_t rings_offset(int32_t ranks, int64_t small_nbytes) {
-    int64_t used = ranks * ((int64_t)sizeof(mpidl_flags) + 2 * announcement_nbytes(small_nbytes));
-    return (used + 4095) / 4096 * 4096;
-}
-
 int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes) {
     if (ranks < 1 || ranks > MAX_RANKS || small_nbytes < 0 || small_nbytes > 1 << 30 || piece_nbytes < 64 ||
         piece_nbytes > 1 << 30 || piece_nbytes % 64) {
@@ -53,181 +32,6 @@ int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_
     }
     return rings_offset(ranks, small_nbytes) + ranks * SLOTS * ranks * piece_nbytes;
 }
-
-static mpidl_flags *flags_of(const mpidl_node *node, int rank) {
-    return (mpidl_flags *)node->memory + rank;
-}
-
-/* Two, used in turn: while this one is filled the others may still read the one of the call before. */
-static announcement *announcement_of(const mpidl_node *node, int rank, uint32_t call) {
-    int64_t at = node->ranks * (int64_t)sizeof(mpidl_flags);
-    return (announcement *)(node->memory + at + (2 * rank + call % 2) * announcement_nbytes(node->small_nbytes));
-}
-
-/* Of `rank`'s ring: what it has staged for `other`, or, with `other` equal to `rank`, its result. */
-static char *piece_of(const mpidl_node *node, int rank, uint32_t round, int other) {
-    int64_t number = ((int64_t)rank * SLOTS + round % SLOTS) * node->ranks + other;
-    return (char *)node->memory + rings_offset(node->ranks, node->small_nbytes) + number * node->piece_nbytes;
-}
-
-/* ------------------------------------------------------------------------------------------ what a kind does */
-
-static bool stages(const mpidl_job *job) {
-    return job->kind == MPIDL_ALLREDUCE || job->kind == MPIDL_REDUCE || job->kind == MPIDL_REDUCE_SCATTER;
-}
-
-static bool produces(const mpidl_node *node, const mpidl_job *job) {
-    return job->kind != MPIDL_BROADCAST || node->rank == job->root;
-}
-
-static bool consumes(const mpidl_node *node, const mpidl_job *job) {
-    return job->kind == MPIDL_ALLREDUCE || job->kind == MPIDL_ALLGATHER ||
-           (job->kind == MPIDL_REDUCE && node->rank == job->root) ||
-           (job->kind == MPIDL_BROADCAST && node->rank != job->root);
-}
-
-/* Whether this rank's result stays with it, and whether others read it. */
-static bool keeps(const mpidl_node *node, const mpidl_job *job) {
-    return job->kind != MPIDL_BROADCAST && (job->kind != MPIDL_REDUCE || node->rank == job->root);
-}
-
-static bool shows(const mpidl_node *node, const mpidl_job *job) {
-    return job->kind != MPIDL_REDUCE_SCATTER && (job->kind != MPIDL_REDUCE || node->rank != job->root);
-}
-
-/* Elements in one turn; where the slice of a rank begins, and its length. */
-static int64_t slice(const mpidl_node *node, const mpidl_job *job, int64_t round, int rank, int64_t *from) {
-    int64_t most = node->piece_nbytes / mpidl_itemsize(job->dtype);
-    bool cut = job->kind == MPIDL_ALLREDUCE || job->kind == MPIDL_REDUCE;
-    int64_t start = round * most * (cut ? node->ranks : 1);
-    int64_t left = job->count - start;
-    if (cut) { /* the last round's rest is cut evenly, at whole cache lines */
-        int64_t share = (left + node->ranks - 1) / node->ranks;
-        share = (share + 63) / 64 * 64;
-        most = share < most ? share : most;
-        start += rank * most;
-        left -= rank * most;
-    }
-    *from = start;
-    return left <= 0 ? 0 : left < most ? left : most;
-}
-
-static int64_t rounds_of(const mpidl_node *node, const mpidl_job *job) {
-    int64_t most = node->piece_nbytes / mpidl_itemsize(job->dtype);
-    if (job->kind == MPIDL_ALLREDUCE || job->kind == MPIDL_REDUCE) {
-        most *= node->ranks;
-    }
-    return (job->count + most - 1) / most;
-}
-
-/* Where an element of rank's slice lies in the input and in the output. */
-static int64_t input_place(const mpidl_job *job, int rank, int64_t from) {
-    return job->kind == MPIDL_REDUCE_SCATTER ? rank * job->count + from : from;
-}
-
-static int64_t output_place(const mpidl_job *job, int rank, int64_t from) {
-    return job->kind == MPIDL_ALLGATHER ? rank * job->count + from : from;
-}
-
-/* ------------------------------------------------------------------------------------------ data */
-
-static char *at(uintptr_t memory, const mpidl_job *job, int64_t place) {
-    return (char *)memory + place * mpidl_itemsize(job->dtype);
-}
-
-/* Results so large that the caches lose them before they are read. */
-static bool is_streamed(const mpidl_job *job) {
-    return job->count * mpidl_itemsize(job->dtype) >= STREAMED_BYTES;
-}
-
-static void fetch(mpidl_job *job, int64_t place, int64_t count, char *out) {
-    if (job->segments > 0) {
-        mpidl_gather_range(job, place, count, out);
-    } else {
-        mpidl_copy(out, at(job->input, job, place), count * mpidl_itemsize(job->dtype), false);
-    }
-}
-
-static void stage(const mpidl_node *node, mpidl_job *job, int64_t round) {
-    for (int step = 1; step < node->ranks; step++) { /* each begins elsewhere */
-        int other = (node->rank + step) % node->ranks;
-        int64_t from, count = slice(node, job, round, other, &from);
-        fetch(job, input_place(job, other, from), count,
-              piece_of(node, node->rank, node->rounds + (uint32_t)round, other));
-    }
-}
-
-/* The own slice is read where it lies; from a table it is gathered into `out` first. */
-static void reduce(const mpidl_node *node, mpidl_job *job, uint32_t round, int64_t from, int64_t count, char *out) {
-    const char *sources[MAX_RANKS];
-    for (int rank = 0; rank < node->ranks; rank++) {
-        sources[rank] = piece_of(node, rank, round, node->rank);
-    }
-    sources[node->rank] = at(job->input, job, input_place(job, node->rank, from));
-    if (job->segments > 0) {
-        fetch(job, input_place(job, node->rank, from), count, out);
-        sources[node->rank] = out;
-    }
-    mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, out, count, job->divisor);
-}
-
-static void produce(const mpidl_node *node, mpidl_job *job, int64_t round) {
-    uint32_t number = node->rounds + (uint32_t)round;
-    int64_t from, count = slice(node, job, round, node->rank, &from);
-    if (count == 0) {
-        return;
-    }
-    const int64_t item = mpidl_itemsize(job->dtype);
-    char *shown = shows(node, job) ? piece_of(node, node->rank, number, node->rank) : NULL;
-    char *kept = keeps(node, job) ? at(job->output, job, output_place(job, node->rank, from)) : NULL;
-    char *out = shown ? shown : kept;
-    if (stages(job)) {
-        reduce(node, job, number, from, count, out);
-    } else {
-        fetch(job, input_place(job, node->rank, from), count, out);
-    }
-    if (shown && kept) {
-        mpidl_copy(kept, shown, count * item, is_streamed(job));
-    }
-}
-
-static void consume(const mpidl_node *node, const mpidl_job *job, int64_t round, int from_rank) {
-    int64_t from, count = slice(node, job, round, from_rank, &from);
-    mpidl_copy(at(job->output, job, output_place(job, from_rank, from)),
-               piece_of(node, from_rank, node->rounds + (uint32_t)round, from_rank), count * mpidl_itemsize(job->dtype),
-               is_streamed(job));
-}
-
-/* ------------------------------------------------------------------------------------------ small data */
-
-static int64_t small_count(const mpidl_node *node, const mpidl_job *job) {
-    return job->kind == MPIDL_REDUCE_SCATTER ? node->ranks * job->count : job->count;
-}
-
-static bool is_small(const mpidl_node *node, const mpidl_job *job) {
-    return job->kind != MPIDL_AGREE && small_count(node, job) * mpidl_itemsize(job->dtype) <= node->small_nbytes;
-}
-
-/* All data stand beside the announcements: every rank takes what it needs. */
-static void take_small(const mpidl_node *node, mpidl_job *job) {
-    const char *sources[MAX_RANKS];
-    int64_t nbytes = job->count * mpidl_itemsize(job->dtype);
-    for (int rank = 0; rank < node->ranks; rank++) {
-        sources[rank] = announcement_of(node, rank, node->calls)->small;
-        if (job->kind == MPIDL_REDUCE_SCATTER) {
-            sources[rank] += node->rank * nbytes;
-        } else if (job->kind == MPIDL_ALLGATHER) {
-            memcpy((char *)job->output + rank * nbytes, sources[rank], (size_t)nbytes);
-        }
-    }
-    if (job->kind == MPIDL_BROADCAST && node->rank != job->root) {
-        memcpy((char *)job->output, sources[job->root], (size_t)nbytes);
-    } else if (stages(job) && keeps(node, job)) {
-        mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, (char *)job->output, job->count, job->divisor);
-    }
-}
-
-/* ------------------------------------------------------------------------------------------ the order of things */
 
 static bool waits(const mpidl_node *node, int rank, int counter, uint32_t value, peer *missing) {
     if (reached(flags_of(node, rank), counter, value)) {
@@ -255,27 +59,27 @@ static void announce(mpidl_node *node, mpidl_job *job) {
     node->calls++;
     announcement *mine = announcement_of(node, node->rank, node->calls);
     memcpy(mine->words, job->words, sizeof mine->words);
-    if (is_small(node, job) && produces(node, job)) {
-        fetch(job, 0, small_count(node, job), mine->small);
+    if (mpidl_is_small(node, job)) {
+        mpidl_give_small(node, job, mine->small);
     }
     raise(node, ANNOUNCED, node->calls);
 }
 
 static void begin_rounds(mpidl_node *node, mpidl_job *job) {
-    job->rounds = job->kind == MPIDL_AGREE || is_small(node, job) ? 0 : rounds_of(node, job);
+    job->rounds = job->kind == MPIDL_AGREE || mpidl_is_small(node, job) ? 0 : mpidl_rounds_of(node, job);
     if (job->rounds == 0) {
         return;
     }
     uint32_t last = node->rounds + (uint32_t)job->rounds;
-    if (!stages(job)) {
+    if (!mpidl_stages(job)) {
         job->staged = job->rounds;
         raise(node, STAGED, last);
     }
-    if (!produces(node, job)) {
+    if (!mpidl_produces(node, job)) {
         job->produced = job->rounds;
         raise(node, PRODUCED, last);
     }
-    if (!consumes(node, job)) {
+    if (!mpidl_consumes(node, job)) {
         job->consumed = job->rounds;
         raise(node, CONSUMED, last);
     }
@@ -287,18 +91,18 @@ static bool try_stage(const mpidl_node *node, mpidl_job *job, peer *missing) {
     if (job->staged == job->rounds || wait_for_any(node, PRODUCED, round + 1 - SLOTS, missing)) {
         return false;
     }
-    stage(node, job, job->staged++);
+    mpidl_stage(node, job, job->staged++);
     raise(node, STAGED, round + 1);
     return true;
 }
 
 static bool try_produce(const mpidl_node *node, mpidl_job *job, peer *missing) {
     uint32_t round = node->rounds + (uint32_t)job->produced;
-    if (job->produced == job->rounds || (stages(job) && wait_for_any(node, STAGED, round + 1, missing)) ||
+    if (job->produced == job->rounds || (mpidl_stages(job) && wait_for_any(node, STAGED, round + 1, missing)) ||
         wait_for_any(node, CONSUMED, round + 1 - SLOTS, missing)) {
         return false;
     }
-    produce(node, job, job->produced++);
+    mpidl_produce(node, job, job->produced++);
     raise(node, PRODUCED, round + 1);
     return true;
 }
@@ -314,7 +118,7 @@ static bool try_consume(const mpidl_node *node, mpidl_job *job, peer *missing) {
         if (waits(node, from, PRODUCED, round + 1, missing)) {
             return false;
         }
-        consume(node, job, job->consumed, from);
+        mpidl_consume(node, job, job->consumed, from);
     }
     if (one || ++job->taken >= node->ranks - 1) {
         job->taken = 0;
@@ -341,8 +145,8 @@ static bool try_agree(mpidl_node *node, mpidl_job *job, peer *missing) {
     }
     job->phase = MOVING;
     if (!job->differs) {
-        if (is_small(node, job)) {
-            take_small(node, job);
+        if (mpidl_is_small(node, job)) {
+            mpidl_take_small(node, job);
         }
         begin_rounds(node, job);
     }
@@ -392,7 +196,7 @@ static int check(const mpidl_node *node, const mpidl_job *job) {
     if (job->kind == MPIDL_AGREE) {
         return MPIDL_OK;
     }
-    if (job->dtype < 0 || job->dtype >= MPIDL_DTYPES || (stages(job) && !mpidl_reduces(job->dtype, job->op)) ||
+    if (job->dtype < 0 || job->dtype >= MPIDL_DTYPES || (mpidl_stages(job) && !mpidl_reduces(job->dtype, job->op)) ||
         (job->segments > 0 && !mpidl_find_kernel(job->source_dtype, job->dtype))) {
         return MPIDL_BAD_DTYPE;
     }

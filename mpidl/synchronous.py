@@ -18,7 +18,8 @@ from mpidl.collectives import Collectives
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError
 from mpidl.optimizer import DistributedOptimizer
-from mpidl.reducer import Reducer, Statistics
+from mpidl.reducer import Reducer
+from mpidl.statistics import Statistics
 
 
 class Synchronous(DistributedOptimizer):
