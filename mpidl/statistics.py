@@ -1,4 +1,4 @@
-"""What synchronous training counts: `optimizer.statistics`. The asynchronous classes have theirs in `parameter_server`."""
+"""What synchronous training counts: `optimizer.statistics`; asynchronous classes have a `Statistics` of their own."""
 
 from __future__ import annotations
 
