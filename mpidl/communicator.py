@@ -128,6 +128,11 @@ class Communicator:
         return part
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether the ranks exchange data through memory that all of them share; otherwise MPI moves it."""
+        return self._collectives.node is not None
+
+    @property
     def topology(self) -> Topology:
         """The ranks as the floors above this one use them."""
         return self._topology

@@ -95,6 +95,8 @@ def shared_memory(world: Communicator) -> Finding:
     text = f"/dev/shm has {least['free'] / 2**20:.0f} of {least['total'] / 2**20:.0f} MiB free"
     if least["free"] < _SMALL_SHARED_MEMORY:
         return Finding("WARN", "shared memory", f"{text}: remove old files, or give the container more (--shm-size=1g)")
+    if world.node.size > 1 and not world.node.shares_memory:
+        text += "; not used: ranks of a node exchange their data by MPI (MPIDL_SHARED_MEMORY=0, or MPIDL_CUDA_AWARE)"
     return Finding("ok", "shared memory", text)
 
 

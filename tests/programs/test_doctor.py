@@ -54,6 +54,11 @@ def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
     assert report["torch threads"].startswith("WARN" if crowded else "ok")
 
 
+def test_memory_that_is_there_and_not_shared_is_said_to_be() -> None:
+    result = run_ranks(2, DOCTOR, timeout=120, env={"MPIDL_SHARED_MEMORY": "0"})
+    assert "not used: ranks of a node exchange their data by MPI" in lines(result.stdout)["shared memory"]
+
+
 def test_several_nodes_get_lines_of_their_own() -> None:
     result = run_ranks(3, DOCTOR, timeout=120, env={"MPIDL_NODE_SIZE": "1"})
     report = lines(result.stdout)
