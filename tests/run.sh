@@ -77,8 +77,9 @@ for mpi in "${mpis[@]}"; do prepare "$mpi"; done
 left_to_second=() left_to_first=()
 if [ ${#mpis[@]} -gt 1 ]; then
     if [ $# -eq 0 ]; then # what no MPI has a part in, or would be the same on another
-        left_to_first=(unit programs/test_train_refused.py programs/test_launching.py mpi/test_cupy.py)
-        left_to_second=(programs/test_bench.py programs/test_train_fashion_mnist.py mpi/test_device_training.py)
+        left_to_first=(unit programs/test_train_refused.py programs/test_launching.py programs/test_bench.py)
+        left_to_first+=(programs/test_docs.py programs/test_train_fashion_mnist.py mpi/test_cupy.py)
+        left_to_second=(mpi/test_device_training.py)
         left_to_first=("${left_to_first[@]/#/--ignore=tests/}")
         left_to_second=("${left_to_second[@]/#/--ignore=tests/}")
     fi
