@@ -109,7 +109,11 @@ class Communicator:
 
     def _set_up(self, ranks: Topology, service: Service | None = None) -> None:
         self._topology = ranks
-        self._collectives = Collectives(ranks, directly=True)
+        try:
+            self._collectives = Collectives(ranks, directly=True)
+        except Exception:  # the same on every rank
+            ranks.free()
+            raise
         self.service = service  # how the floors above reach the servers
         self.servers = len(service.servers) if service is not None else 0
         self._queue = CallQueue()

@@ -94,8 +94,8 @@ def make_segment(ranks: Topology, *, small: int = _SMALL, piece: int | None = No
 
 
 def possible(ranks: Topology) -> bool:
-    """Whether a segment over all of `ranks` makes sense: several, not too many, on one node, and the user wants it."""
-    return wanted() and 1 < ranks.size <= _MOST_RANKS and len(set(ranks.placement.nodes)) == 1
+    """Whether a segment over all of `ranks` makes sense: several, not too many, on one node; alike on every rank."""
+    return 1 < ranks.size <= _MOST_RANKS and len(set(ranks.placement.nodes)) == 1
 
 
 def _attempt(path: Path, nbytes: int, ranks: Topology, flags: int) -> tuple[mmap.mmap | None, str]:

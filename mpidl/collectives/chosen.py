@@ -17,6 +17,7 @@ from mpidl.collectives.in_node import Job, Node
 from mpidl.collectives.quick import Quick
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
+from mpidl.errors import ArgumentError
 from mpidl.topology import Topology
 from mpidl.transfer import carry_out
 
@@ -38,7 +39,7 @@ class Collectives:
     def __init__(self, topology: Topology, *, directly: bool = False) -> None:
         self.topology = topology
         self.node: Node | None = None
-        if shared_memory.possible(topology) and not (directly and _some_rank_goes_direct(topology)):
+        if shared_memory.possible(topology) and _all_want_it(topology, directly):
             segment = shared_memory.make_segment(topology)
             if segment is not None:
                 self.node = Node(segment)
@@ -166,9 +167,23 @@ class Collectives:
         return self.start_sum(words, send, receive, divisor), lambda: finite
 
 
-def _some_rank_goes_direct(topology: Topology) -> bool:
-    wish = np.array([cuda_aware.wished()], np.int64)
-    return bool(topology.gather_words(wish, "asking for CUDA-aware MPI").any())
+def _all_want_it(topology: Topology, directly: bool) -> bool:
+    """Whether memory is to be shared, alike on every rank, although users may set ranks' environments apart.
+
+    Raises:
+        ArgumentError: some rank's setting makes no sense.
+    """
+    error = None
+    try:
+        wish = int(shared_memory.wanted() and not (directly and cuda_aware.wished()))
+    except ArgumentError as found:
+        wish, error = -1, found
+    wishes = topology.gather_words(np.array([wish], np.int64), "agreeing to share memory")[:, 0]
+    if error is not None:
+        raise error
+    if (wishes < 0).any():
+        raise ArgumentError(f"rank {int(wishes.argmin())} refused its {shared_memory.SWITCH}; see what it says")
+    return bool(wishes.all())
 
 
 def _sum_by_mpi(topology: Topology, send: ArrayView, receive: ArrayView, divisor: int) -> Steps:

@@ -173,6 +173,20 @@ def test_the_switch_takes_0_and_1_only(comm: mpidl.Communicator, monkeypatch: An
     copy.free()
 
 
+def test_a_setting_on_one_rank_only_holds_for_all(comm: mpidl.Communicator, monkeypatch: Any):
+    monkeypatch.setenv("MPIDL_SHARED_MEMORY", "0" if comm.rank == 1 else "1")
+    copy = mpidl.Communicator(comm.topology.data)
+    assert not copy.shares_memory
+    assert copy.allreduce(np.ones(3))[0] == comm.size
+    copy.free()
+    monkeypatch.setenv("MPIDL_SHARED_MEMORY", "yes" if comm.rank == 1 else "1")
+    with pytest.raises(
+        mpidl.ArgumentError, match="expected 0" if comm.rank == 1 else "rank 1 refused its MPIDL_SHARED"
+    ):
+        mpidl.Communicator(comm.topology.data)
+    assert comm.allreduce(np.ones(3))[0] == comm.size
+
+
 def test_plain_arrays_take_the_quick_way(comm: mpidl.Communicator, monkeypatch: Any):
     monkeypatch.setattr(operations, "allreduce", lambda *_: pytest.fail("the long way was taken"))
     for dtype in ("float32", "float64", "float16", "int32", "int64"):
