@@ -84,6 +84,19 @@ mpidl_reduction *mpidl_find_reduction(int dtype, int op) {
     return (*sets[mpidl_instructions()])[dtype][op];
 }
 
+int mpidl_reduce(const uintptr_t *sources, int32_t number, uintptr_t out, int64_t count, int dtype, int op,
+                 double divisor) {
+    mpidl_reduction *reduction = mpidl_find_reduction(dtype, op);
+    if (!reduction) {
+        return MPIDL_BAD_DTYPE;
+    }
+    if (number < 1 || count < 0) {
+        return MPIDL_BAD_COUNT;
+    }
+    reduction((const char *const *)sources, number, (char *)out, count, divisor);
+    return MPIDL_OK;
+}
+
 int64_t mpidl_itemsize(int dtype) {
     static const int8_t sizes[MPIDL_DTYPES] = {4, 8, 2, 2, 1, 2, 4, 8, 1, 2, 4, 8};
     return sizes[dtype];

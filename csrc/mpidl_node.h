@@ -14,8 +14,8 @@ enum mpidl_kind {
     MPIDL_AGREE, /* nothing but the words: a barrier */
     MPIDL_ALLREDUCE,
     MPIDL_REDUCE,         /* the result goes to `root` */
-    MPIDL_REDUCE_SCATTER, /* `input` holds a block of `count` elements for each rank */
-    MPIDL_ALLGATHER,      /* `output` holds a block of `count` elements of each rank */
+    MPIDL_REDUCE_SCATTER, /* `input` holds a block of `count` elements for each rank, `total` in all */
+    MPIDL_ALLGATHER,      /* `output` holds a block of `count` elements of each rank, `total` in all */
     MPIDL_BROADCAST,      /* from `input` of `root` to `output` of the others */
     MPIDL_KINDS
 };
@@ -47,11 +47,13 @@ typedef struct {
     int64_t words[2]; /* what all ranks must say alike */
     int32_t kind, op, dtype, root;
     int64_t count;
+    int64_t total;  /* of a kind with blocks: where it ends the last blocks are shorter, or empty; 0: at none */
     double divisor; /* the result is divided by it, before it is rounded */
     uintptr_t input, output;
     int64_t segments;
     const uintptr_t *addresses;
     const int64_t *counts, *offsets;
+    int64_t base; /* the input begins at this element of the table */
     double scale;
     int32_t source_dtype;
     int32_t finite; /* out: 1 if all that was read from the table is, after scale and cast */
@@ -62,6 +64,12 @@ typedef struct {
 
 /* 0 where the arguments make no sense. */
 MPIDL_API int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes);
+
+/* Writes op(sources[0], sources[1], ...) / divisor to `out`; a source lies apart from it, or begins where it does.
+ * Returns an mpidl_status.
+ */
+MPIDL_API int mpidl_reduce(const uintptr_t *sources, int32_t number, uintptr_t out, int64_t count, int dtype, int op,
+                           double divisor);
 
 /* Whether the op is defined for the dtype here. */
 MPIDL_API int mpidl_reduces(int dtype, int op);

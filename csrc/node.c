@@ -200,7 +200,8 @@ static int check(const mpidl_node *node, const mpidl_job *job) {
         (job->segments > 0 && !mpidl_find_kernel(job->source_dtype, job->dtype))) {
         return MPIDL_BAD_DTYPE;
     }
-    if (job->count < 0 || job->count > INT64_MAX / 32 / node->ranks || job->root < 0 || job->root >= node->ranks) {
+    if (job->count < 0 || job->count > INT64_MAX / 32 / node->ranks || job->total < 0 || job->base < 0 ||
+        job->total > node->ranks * job->count || job->root < 0 || job->root >= node->ranks) {
         return MPIDL_BAD_COUNT;
     }
     return MPIDL_OK;

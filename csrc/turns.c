@@ -31,12 +31,18 @@ static bool shows(const mpidl_node *node, const mpidl_job *job) {
     return job->kind != MPIDL_REDUCE_SCATTER && (job->kind != MPIDL_REDUCE || node->rank != job->root);
 }
 
+/* Elements of a rank's block; of a kind without blocks, all. */
+static int64_t block_count(const mpidl_job *job, int rank) {
+    int64_t left = job->total - rank * job->count;
+    return job->total == 0 || left > job->count ? job->count : left < 0 ? 0 : left;
+}
+
 /* Elements in one turn; where the slice of a rank begins, and its length. */
 static int64_t slice(const mpidl_node *node, const mpidl_job *job, int64_t round, int rank, int64_t *from) {
     int64_t most = node->piece_nbytes / mpidl_itemsize(job->dtype);
     bool cut = job->kind == MPIDL_ALLREDUCE || job->kind == MPIDL_REDUCE;
     int64_t start = round * most * (cut ? node->ranks : 1);
-    int64_t left = job->count - start;
+    int64_t left = (cut ? job->count : block_count(job, rank)) - start;
     if (cut) { /* the last round's rest is cut evenly, at whole cache lines */
         int64_t share = (left + node->ranks - 1) / node->ranks;
         share = (share + 63) / 64 * 64;
@@ -76,7 +82,7 @@ static bool is_streamed(const mpidl_job *job) {
 
 static void fetch(mpidl_job *job, int64_t place, int64_t count, char *out) {
     if (job->segments > 0) {
-        mpidl_gather_range(job, place, count, out);
+        mpidl_gather_range(job, job->base + place, count, out);
     } else {
         mpidl_copy(out, at(job->input, job, place), count * mpidl_itemsize(job->dtype), false);
     }
@@ -133,7 +139,7 @@ void mpidl_consume(const mpidl_node *node, const mpidl_job *job, int64_t round, 
 }
 
 static int64_t small_count(const mpidl_node *node, const mpidl_job *job) {
-    return job->kind == MPIDL_REDUCE_SCATTER ? node->ranks * job->count : job->count;
+    return job->kind != MPIDL_REDUCE_SCATTER ? job->count : job->total ? job->total : node->ranks * job->count;
 }
 
 bool mpidl_is_small(const mpidl_node *node, const mpidl_job *job) {
@@ -142,25 +148,26 @@ bool mpidl_is_small(const mpidl_node *node, const mpidl_job *job) {
 
 void mpidl_give_small(const mpidl_node *node, mpidl_job *job, char *out) {
     if (mpidl_produces(node, job)) {
-        fetch(job, 0, small_count(node, job), out);
+        fetch(job, 0, job->kind == MPIDL_ALLGATHER ? block_count(job, node->rank) : small_count(node, job), out);
     }
 }
 
 /* All data stand beside the announcements: every rank takes what it needs. */
 void mpidl_take_small(const mpidl_node *node, mpidl_job *job) {
     const char *sources[MAX_RANKS];
-    int64_t nbytes = job->count * mpidl_itemsize(job->dtype);
+    const int64_t item = mpidl_itemsize(job->dtype), nbytes = job->count * item;
     for (int rank = 0; rank < node->ranks; rank++) {
         sources[rank] = announcement_of(node, rank, node->calls)->small;
         if (job->kind == MPIDL_REDUCE_SCATTER) {
             sources[rank] += node->rank * nbytes;
         } else if (job->kind == MPIDL_ALLGATHER) {
-            mpidl_copy((char *)job->output + rank * nbytes, sources[rank], nbytes, false);
+            mpidl_copy((char *)job->output + rank * nbytes, sources[rank], block_count(job, rank) * item, false);
         }
     }
     if (job->kind == MPIDL_BROADCAST && node->rank != job->root) {
         mpidl_copy((char *)job->output, sources[job->root], nbytes, false);
     } else if (mpidl_stages(job) && keeps(node, job)) {
-        mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, (char *)job->output, job->count, job->divisor);
+        int64_t count = job->kind == MPIDL_REDUCE_SCATTER ? block_count(job, node->rank) : job->count;
+        mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, (char *)job->output, count, job->divisor);
     }
 }

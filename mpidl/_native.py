@@ -17,7 +17,7 @@ import cffi
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 
 _LIBRARY = Path(__file__).with_name("_mpidl.so")
-_INTERFACE = 3
+_INTERFACE = 4
 
 # As in csrc/mpidl.h and csrc/mpidl_node.h.
 ffi = cffi.FFI()
@@ -45,12 +45,13 @@ ffi.cdef(
     typedef struct {
         int64_t words[2];
         int32_t kind, op, dtype, root;
-        int64_t count;
+        int64_t count, total;
         double divisor;
         uintptr_t input, output;
         int64_t segments;
         const uintptr_t *addresses;
         const int64_t *counts, *offsets;
+        int64_t base;
         double scale;
         int32_t source_dtype;
         int32_t finite;
@@ -58,6 +59,8 @@ ffi.cdef(
         int64_t rounds, staged, produced, consumed;
     } mpidl_job;
     int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes);
+    int mpidl_reduce(const uintptr_t *sources, int32_t number, uintptr_t out, int64_t count, int dtype, int op,
+                     double divisor);
     int mpidl_reduces(int dtype, int op);
     int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience);
     void mpidl_node_give_up(mpidl_node *node);

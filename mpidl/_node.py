@@ -40,20 +40,46 @@ def job(
     *,
     op: str = "sum",
     root: int = 0,
+    total: int = 0,
     divisor: float = 1.0,
 ) -> Any:
-    """A call, not yet begun, a C struct; `addresses` are of input and output."""
-    return _native.ffi.new(
-        "mpidl_job *", (words, KINDS[kind], OPERATIONS[op], _native.DTYPES[dtype], root, count, divisor, *addresses)
-    )
+    """A call, not yet begun, a C struct; `addresses` are of input and output, `total` is of all blocks if not full."""
+    codes = KINDS[kind], OPERATIONS[op], _native.DTYPES[dtype]
+    return _native.ffi.new("mpidl_job *", (words, *codes, root, count, total, divisor, *addresses))
 
 
-def read_from_table(one: Any, table: _native.Segments, addresses: Sequence[int], dtype: str, scale: float) -> Any:
-    """Makes a job read its input from the segments at `addresses` (0: zeros); keep what comes back as long as it."""
-    pointers = _native.ffi.new("uintptr_t[]", list(addresses))
-    one.segments, one.addresses, one.counts, one.offsets = len(addresses), pointers, table.counts, table.offsets
-    one.source_dtype, one.scale = _native.DTYPES[dtype], scale
-    return pointers
+def pointers(addresses: Sequence[int]) -> Any:
+    """Addresses as a C array, which C does not keep alive."""
+    return _native.ffi.new("uintptr_t[]", list(addresses))
+
+
+def read_from_table(
+    one: Any, table: _native.Segments, addresses: Any, dtype: str, *, scale: float, base: int = 0
+) -> None:
+    """Makes a job read its input from the segments at `addresses`, from element `base` on.
+
+    Args:
+        one: the job.
+        table: outlives it.
+        addresses: of `pointers`, outlives it; 0 stands for zeros.
+        dtype: of the segments.
+        scale: of each element.
+        base: where the input begins in the table's flat order.
+    """
+    one.segments, one.addresses, one.counts, one.offsets = len(addresses), addresses, table.counts, table.offsets
+    one.source_dtype, one.scale, one.base = _native.DTYPES[dtype], scale, base
+
+
+def reduce(addresses: Sequence[int], out: int, count: int, *, dtype: str, op: str, divisor: float = 1.0) -> None:
+    """Writes op(first, second, ...) / divisor to `out`; each lies apart from it, or begins where it does.
+
+    Raises:
+        DtypeError, ArgumentError: it makes no sense.
+    """
+    arguments = len(addresses), out, count, _native.DTYPES[dtype], OPERATIONS[op], divisor
+    status = _native.library().mpidl_reduce(pointers(addresses), *arguments)
+    if status:
+        _native.fail(status, dtype, dtype, 1.0)
 
 
 _advance: Any = None

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import secrets
+from collections import Counter
 from pathlib import Path
 
 from mpidl import _native, _node, leaving
@@ -27,7 +28,7 @@ _MOST_RANKS = 1024  # csrc/node.c
 
 
 class Segment:
-    """One segment over all ranks of a topology, which are on one node.
+    """One segment over the ranks of a topology that are on this rank's node.
 
     Attributes:
         end: this rank's end of it, for `_node.advance`.
@@ -36,9 +37,12 @@ class Segment:
     def __init__(self, ranks: Topology, memory: mmap.mmap, small: int, piece: int) -> None:
         self._memory = memory
         alone = ranks.ranks_on_my_cores() <= len(ranks.placement.cores[ranks.rank])
+        node = ranks.node_ranks()
         address = int(_native.ffi.cast("uintptr_t", _native.ffi.from_buffer(memory)))
         spin = _SPIN if alone else 0
-        self.end = _node.end(address, ranks.rank, ranks.size, small_nbytes=small, piece_nbytes=piece, spin=spin)
+        self.end = _node.end(
+            address, node.index(ranks.rank), len(node), small_nbytes=small, piece_nbytes=piece, spin=spin
+        )
 
 
 def wanted() -> bool:
@@ -54,33 +58,51 @@ def wanted() -> bool:
 
 
 def make_segment(ranks: Topology, *, small: int = _SMALL, piece: int | None = None) -> Segment | None:
-    """Makes a segment; a collective.
+    """Makes a segment on every node; a collective of all of them.
 
     Args:
-        ranks: all on one node.
+        ranks: anywhere, `possible`.
         small: see csrc/mpidl_node.h.
         piece: likewise; None for what suits the number of ranks.
 
     Returns:
-        None if the ranks do not see the same /dev/shm, which is said once.
+        None if the ranks of some node do not see the same /dev/shm, which is said once.
 
     Raises:
         SharedMemoryError: there is not enough of it; alike on all ranks.
     """
-    piece = piece or min(max(_ROUND // ranks.size // 64 * 64, _PIECE[0]), _PIECE[1])
-    nbytes = _node.segment_nbytes(ranks.size, small, piece)
+    node = ranks.node_ranks()
+    piece = piece or min(max(_ROUND // len(node) // 64 * 64, _PIECE[0]), _PIECE[1])
+    memory = map_memory(ranks, _node.segment_nbytes(len(node), small, piece))
+    return None if memory is None else Segment(ranks, memory, small, piece)
+
+
+def map_memory(ranks: Topology, nbytes: int) -> mmap.mmap | None:
+    """Maps memory, zero at first, that each node's ranks share; a collective of all of them.
+
+    Args:
+        ranks: anywhere.
+        nbytes: how much; alike on the ranks of a node.
+
+    Returns:
+        None if the ranks of some node do not see the same /dev/shm, which is said once.
+
+    Raises:
+        SharedMemoryError: there is not enough of it; alike on all ranks.
+    """
+    first = ranks.node_ranks()[0]
     path = FOLDER / f"mpidl-{os.getpid()}-{secrets.token_hex(8)}"
-    path = Path(ranks.gather_bytes(str(path).encode(), "making shared memory")[0].decode())
+    path = Path(ranks.gather_bytes(str(path).encode(), "making shared memory")[first].decode())
     memory, problem = None, ""
     try:
-        if ranks.rank == 0:
+        if ranks.rank == first:
             memory, problem = _attempt(path, nbytes, ranks, os.O_CREAT | os.O_EXCL)
-        problem = ranks.gather_bytes(problem.encode(), "making shared memory")[0].decode() or problem
-        if ranks.rank > 0 and not problem:
-            memory, problem = _attempt(path, nbytes, ranks, 0)
         problems = [text.decode() for text in ranks.gather_bytes(problem.encode(), "making shared memory")]
+        if ranks.rank != first and not any(problems):
+            memory, problem = _attempt(path, nbytes, ranks, 0)
+        problems += [text.decode() for text in ranks.gather_bytes(problem.encode(), "making shared memory")]
     finally:
-        if ranks.rank == 0:
+        if ranks.rank == first:
             path.unlink(missing_ok=True)
     found = next(filter(None, problems), "")
     if found == "unseen":
@@ -89,13 +111,13 @@ def make_segment(ranks: Topology, *, small: int = _SMALL, piece: int | None = No
         return None
     if found:
         raise SharedMemoryError(found)
-    assert memory is not None
-    return Segment(ranks, memory, small, piece)
+    return memory
 
 
 def possible(ranks: Topology) -> bool:
-    """Whether a segment over all of `ranks` makes sense: several, not too many, on one node; alike on every rank."""
-    return 1 < ranks.size <= _MOST_RANKS and len(set(ranks.placement.nodes)) == 1
+    """Whether segments make sense: several ranks, not too many on one node; alike on every rank."""
+    most = max(Counter(ranks.placement.nodes).values())
+    return ranks.size > 1 and most <= _MOST_RANKS
 
 
 def _attempt(path: Path, nbytes: int, ranks: Topology, flags: int) -> tuple[mmap.mmap | None, str]:
@@ -107,7 +129,9 @@ def _attempt(path: Path, nbytes: int, ranks: Topology, flags: int) -> tuple[mmap
     except OSError as error:
         return None, f"no shared memory can be made in {FOLDER}: {error.strerror}; {SWITCH}=0 does without"
     try:
-        start, stop = (nbytes * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+        node = ranks.node_ranks()
+        place = node.index(ranks.rank)
+        start, stop = (nbytes * rank // len(node) for rank in (place, place + 1))
         if flags:
             os.ftruncate(file, nbytes)
         os.posix_fallocate(file, start, stop - start)  # on this rank's memory node; touching a page cannot fail later
@@ -117,7 +141,7 @@ def _attempt(path: Path, nbytes: int, ranks: Topology, flags: int) -> tuple[mmap
             return None, f"no shared memory can be made in {FOLDER}: {error.strerror}; {SWITCH}=0 does without"
         space = os.statvfs(FOLDER)
         return None, (
-            f"{FOLDER} has no room for the {nbytes / 2**20:.1f} MiB that the {ranks.size} ranks of {ranks.name} share "
+            f"{FOLDER} has no room for the {nbytes / 2**20:.1f} MiB that {len(node)} ranks of {ranks.name} share "
             f"(its size is {space.f_blocks * space.f_frsize / 2**20:.1f} MiB): give it more (mount -o remount,size=, "
             f"or docker run --shm-size), or set {SWITCH}=0 to do without, more slowly"
         )

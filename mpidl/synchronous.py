@@ -36,6 +36,8 @@ class Synchronous(DistributedOptimizer):
             must run on what calling this module returned, or reach its parameters directly.
         comm: who trains together; default `mpidl.world()`.
         bucket_cap_mb: gradients are reduced in buckets of at most this many MiB while backward goes on.
+        wire_dtype: torch.bfloat16 lets gradients travel in that dtype between nodes, where there are several and the
+            bucket is large enough to go by lanes; sums are taken in float32. None: as they are.
         buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
 
     Raises:
@@ -52,16 +54,20 @@ class Synchronous(DistributedOptimizer):
         *,
         comm: Communicator | None = None,
         bucket_cap_mb: float = 25,
+        wire_dtype: torch.dtype | str | None = None,
         buffers: str = "mean",
     ) -> None:
-        self._bucket_cap_mb = bucket_cap_mb
+        self._bucket_cap_mb, self._wire_dtype = bucket_cap_mb, str(wire_dtype or "").removeprefix("torch.")
         error = None
         if not isinstance(bucket_cap_mb, int | float) or not 0 < bucket_cap_mb < math.inf:
             error = ArgumentError(f"bucket_cap_mb={bucket_cap_mb!r}; expected a number of MiB above 0")
+        if self._wire_dtype not in ("", "bfloat16"):
+            error = ArgumentError(f"wire_dtype={wire_dtype!r}; expected None or torch.bfloat16")
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
         nbytes = max(1, int(bucket_cap_mb * 2**20))
-        self._reducer = Reducer(Collectives(self._ranks), self._held, nbytes, self.statistics)
+        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype)
+        self._reducer = Reducer(collectives, self._held, nbytes, self.statistics)
         self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
 
     def _broadcast(self) -> None:
@@ -69,7 +75,7 @@ class Synchronous(DistributedOptimizer):
         state.broadcast_optimizer(self._ranks, self._inner, 0)
 
     def _describe(self) -> dict[str, Any]:
-        own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers}
+        own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers, "wire_dtype": self._wire_dtype}
         return own | state.describe_optimizer(self._inner, self._model)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -6,7 +6,6 @@ Arrays, mismatch checks and results belong to `communicator`; how a wait is carr
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,11 @@ from mpidl import datatypes, notices, runtime
 from mpidl.arrays import ArrayView
 from mpidl.errors import ArgumentError, DtypeError
 from mpidl.notices import Channel, Limits
+from mpidl.placement import Link, Placement, pretended_node_size
 from mpidl.processes import Process, start_time
 from mpidl.waiting import Watch, poll
 
 _PIECE = 1 << 30  # elements (or bytes) per MPI call: counts of MPI-3 bindings end at 2^31 - 1
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the ranks of a communicator run; one entry per rank."""
-
-    nodes: tuple[int, ...]  # index of its node, counted from 0 in the order of each node's lowest rank
-    processes: tuple[Process, ...]
-    cores: tuple[frozenset[int], ...]  # affinity mask
 
 
 class Topology:
@@ -48,11 +39,14 @@ class Topology:
         self.size: int = self.data.size
         self.channel = Channel(mpi, self.control, name, limits)
         self.placement = placement or self._place()
+        self.link: Link | None = None  # found out by who needs it; parts and duplicates have it then
         self.channel.know(self.placement.processes)
 
     def duplicate(self, name: str) -> Topology:
         """Returns the same ranks under communicators of their own; a collective."""
-        return Topology(self._mpi, self.data, name, self.placement, self.channel)
+        made = Topology(self._mpi, self.data, name, self.placement, self.channel)
+        made.link = self.link
+        return made
 
     def subset(self, ranks: tuple[int, ...], name: str, tag: int) -> Topology:
         """Returns a topology of some ranks; a collective of those ranks only.
@@ -75,6 +69,7 @@ class Topology:
             cores=tuple(place.cores[r] for r in ranks),
         )
         made = Topology(self._mpi, comm, name, placement)
+        made.link = self.link
         comm.Free()
         return made
 
@@ -215,6 +210,14 @@ class Topology:
         self._refuse_large("alltoall", receive.nbytes)
         return [self.data.Ialltoall(self._bytes(send, 0, send.nbytes), self._bytes(receive, 0, receive.nbytes))]
 
+    def start_send(self, address: int, nbytes: int, rank: int, tag: int) -> Any:
+        """Starts sending raw bytes to one rank; they arrive in the order in which they were sent with that tag."""
+        return self.data.Isend([self._mpi.buffer.fromaddress(address, nbytes), self._mpi.BYTE], rank, tag)
+
+    def start_receive(self, address: int, nbytes: int, rank: int, tag: int) -> Any:
+        """Starts receiving raw bytes from one rank."""
+        return self.data.Irecv([self._mpi.buffer.fromaddress(address, nbytes), self._mpi.BYTE], rank, tag)
+
     def _elements(self, memory: ArrayView, offset: int, count: int) -> list[Any]:
         start = memory.address + offset * memory.itemsize
         buffer = self._mpi.buffer.fromaddress(start, count * memory.itemsize)
@@ -234,7 +237,7 @@ class Topology:
         shared.Allreduce(self._mpi.IN_PLACE, lowest, self._mpi.MIN)
         place = shared.rank
         shared.Free()
-        pretended = _node_size()
+        pretended = pretended_node_size()
         part = place // pretended if pretended else 0
         own = start_time(os.getpid()) or 0
         words = self.gather_words(np.array([int(lowest), part, os.getpid(), own], np.int64), "finding nodes")
@@ -288,12 +291,3 @@ def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) 
 
 def _pieces(count: int) -> list[tuple[int, int]]:
     return [(at, min(_PIECE, count - at)) for at in range(0, count, _PIECE)]
-
-
-def _node_size() -> int:
-    text = os.environ.get("MPIDL_NODE_SIZE", "")
-    if not text:
-        return 0
-    if not text.isdigit() or int(text) < 1:
-        raise ArgumentError(f"MPIDL_NODE_SIZE={text!r}: expected a positive number of ranks per node")
-    return int(text)

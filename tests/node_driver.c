@@ -41,6 +41,20 @@ static int run(mpidl_node *node, mpidl_job *job) {
     return progress;
 }
 
+static bool has_blocks(const mpidl_job *job) {
+    return job->kind == MPIDL_REDUCE_SCATTER || job->kind == MPIDL_ALLGATHER;
+}
+
+/* Elements of all blocks together, and of rank's. */
+static int64_t total_of(const mpidl_job *job, int ranks) {
+    return !has_blocks(job) ? job->count : job->total ? job->total : ranks * job->count;
+}
+
+static int64_t block_of(const mpidl_job *job, int rank, int ranks) {
+    int64_t left = total_of(job, ranks) - rank * job->count;
+    return !has_blocks(job) || left > job->count ? job->count : left < 0 ? 0 : left;
+}
+
 /* What rank `rank` of `ranks` must find at `i`. */
 static float expected(const mpidl_job *job, int rank, int ranks, int call, int64_t i) {
     if (job->kind == MPIDL_ALLGATHER) {
@@ -68,8 +82,13 @@ static void *rank_main(void *argument) {
         job.root = (int32_t)(dice / 8 % (unsigned)node->ranks);
         job.count = dice / 64 % 3 ? dice / 64 % MOST : dice / 64 % 20;
         job.divisor = 1;
+        if (has_blocks(&job) && dice / 512 % 2) { /* the last blocks are shorter, or empty */
+            job.total = job.count * (1 + dice / 1024 % (unsigned)node->ranks) - job.count / 3;
+        }
         bool in_place = job.kind == MPIDL_ALLREDUCE && call % 3 == 0;
-        for (int64_t i = 0; i < job.count * (job.kind == MPIDL_REDUCE_SCATTER ? node->ranks : 1); i++) {
+        int64_t given =
+            job.kind == MPIDL_REDUCE_SCATTER ? total_of(&job, node->ranks) : block_of(&job, node->rank, node->ranks);
+        for (int64_t i = 0; i < given; i++) {
             input[i] = value(node->rank, call, i);
         }
         job.input = (uintptr_t)input;
@@ -85,7 +104,9 @@ static void *rank_main(void *argument) {
         state->mistakes += progress != MPIDL_DONE;
         bool has = job.kind != MPIDL_AGREE && (job.kind != MPIDL_REDUCE || node->rank == job.root) &&
                    (job.kind != MPIDL_BROADCAST || node->rank != job.root);
-        for (int64_t i = 0; has && i < job.count * (job.kind == MPIDL_ALLGATHER ? node->ranks : 1); i++) {
+        int64_t got =
+            job.kind == MPIDL_ALLGATHER ? total_of(&job, node->ranks) : block_of(&job, node->rank, node->ranks);
+        for (int64_t i = 0; has && i < got; i++) {
             state->mistakes += (in_place ? input : output)[i] != expected(&job, node->rank, node->ranks, call, i);
         }
     }

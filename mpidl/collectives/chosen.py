@@ -1,4 +1,4 @@
-"""Which algorithm carries out a collective: shared memory on one node, MPI otherwise.
+"""Which algorithm carries out a collective: shared memory on one node, lanes or MPI between nodes.
 
 All ranks choose alike, by what the call's word says (operation, dtype, count) and where the ranks are.
 """
@@ -12,8 +12,10 @@ import numpy as np
 
 from mpidl import _node, arrays, cuda_aware, shared_memory
 from mpidl.arrays import ArrayView
+from mpidl.collectives import costs, direct, halving_doubling
 from mpidl.collectives.agreement import Call, agree, explain, number
 from mpidl.collectives.in_node import Job, Node
+from mpidl.collectives.lanes import Allreduce, Exchange, Lanes, Reduction
 from mpidl.collectives.quick import Quick
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
@@ -21,6 +23,7 @@ from mpidl.errors import ArgumentError
 from mpidl.topology import Topology
 from mpidl.transfer import carry_out
 
+_EXCHANGES: dict[str, Exchange] = {"direct": direct.allreduce, "halving_doubling": halving_doubling.allreduce}
 _WORDS = (0, number("words of agreement"))  # what these say is compared by whoever asks for them
 
 
@@ -34,17 +37,36 @@ class Collectives:
         topology: whose ranks.
         directly: whether arrays on a device may be given, for MPI to work on them itself. If some rank asks for that
             (`cuda_aware`), no memory is shared: all ranks must choose alike, wherever their arrays are.
+        wire_dtype: in which float32 gradients travel between nodes, where lanes carry them; "" for as they are.
+
+    Attributes:
+        node: what carries out calls if all ranks share memory.
+        lanes: what carries out allreduces if they do so node by node.
+        forced: one of `costs.ALGORITHMS` that carries out every allreduce between nodes, alike on all ranks; "" for
+            the one that is expected to be fastest.
     """
 
-    def __init__(self, topology: Topology, *, directly: bool = False) -> None:
+    def __init__(self, topology: Topology, *, directly: bool = False, wire_dtype: str = "") -> None:
         self.topology = topology
         self.node: Node | None = None
+        self.lanes: Lanes | None = None
+        self.forced, self._wire_dtype = "", wire_dtype
         if shared_memory.possible(topology) and _all_want_it(topology, directly):
-            segment = shared_memory.make_segment(topology)
-            if segment is not None:
-                self.node = Node(segment)
-                topology.channel.when_given_up = self.node.give_up
-        self.quick = None if self.node is None else Quick(topology, self.node)
+            self._share()
+        self.quick: Quick | None = None if self.node is None else Quick(topology, self.node)
+
+    def _share(self) -> None:
+        topology = self.topology
+        segment = shared_memory.make_segment(topology)
+        if segment is None:
+            return
+        node = Node(segment)
+        topology.channel.when_given_up = node.give_up
+        if len(set(topology.placement.nodes)) == 1:
+            self.node = node
+        else:
+            self.lanes = Lanes(topology, node)
+            costs.link_of(topology)  # now, since it is a collective
 
     def takes(self, dtype: str, op: str) -> bool:
         """Whether `dtype` is reduced by `op` as it stands, in place too; otherwise give its accumulator, apart."""
@@ -106,10 +128,25 @@ class Collectives:
             yield from self._done(call, self.node.reduce_like(kind, words, send, receive, op, **options))
             return
         yield from self._agree(call)
+        exchange = self._exchange(send, op) if kind == "allreduce" else None
+        if exchange is not None and receive is not None:
+            words = self._words(call)
+            yield self._by_lanes(Reduction(words, send, receive, op, float(divisor), exchange))
+            return
         rest = (receive, op, root) if kind == "reduce" else (receive, op)
         yield from carry_out(getattr(self.topology, f"start_{kind}"), send, *rest)
         if divisor != 1 and receive is not None:
             arrays.divide(receive, divisor)
+
+    def _exchange(self, memory: ArrayView, op: str) -> Exchange | None:
+        """Returns how leaders exchange their slices of an allreduce, or None if MPI is to carry it out."""
+        if self.lanes is None or memory.device != "cpu" or not _node.reduces(memory.dtype, op):
+            return None
+        return _EXCHANGES.get(self.forced or costs.choose(self.topology, memory.nbytes))
+
+    def _by_lanes(self, reduction: Reduction) -> Allreduce:
+        assert self.lanes is not None
+        return self.lanes.allreduce(reduction)
 
     def _agree(self, call: Call) -> Steps:
         """Makes sure that all ranks made this call, unless they know."""
@@ -145,15 +182,20 @@ class Collectives:
         yield self.start_words_gather(send, everyone)
         np.bitwise_or.reduce(everyone, axis=0, out=receive)
 
-    def start_sum(self, words: tuple[int, int], send: ArrayView, receive: ArrayView, divisor: int) -> Job | Driven:
+    def start_sum(
+        self, words: tuple[int, int], send: ArrayView, receive: ArrayView, divisor: int
+    ) -> Job | Driven | Allreduce:
         """Starts the sum of `send` over all ranks, divided by `divisor`, into `receive`; they lie apart."""
         if self.node is not None:
             return self.node.reduce_like("allreduce", words, send, receive, "sum", divisor=float(divisor))
+        exchange = self._exchange(receive, "sum")
+        if exchange is not None:
+            return self._by_lanes(Reduction(words, send, receive, "sum", float(divisor), exchange, self._wire_dtype))
         return Driven(_sum_by_mpi(self.topology, send, receive, divisor))
 
     def start_gathered_sum(
         self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: int
-    ) -> tuple[Job | Driven, Callable[[], bool]]:
+    ) -> tuple[Job | Driven | Allreduce, Callable[[], bool]]:
         """As `start_sum`, of what lies scattered over memory, and does not change before it has ended.
 
         Returns:
@@ -162,6 +204,11 @@ class Collectives:
         if self.node is not None:
             job = self.node.allreduce_table(words, source, receive, float(divisor))
             return job, lambda: job.finite
+        exchange = self._exchange(receive, "sum")
+        if exchange is not None:
+            rest = float(divisor), exchange, self._wire_dtype
+            started = self._by_lanes(Reduction(words, source, receive, "sum", *rest))
+            return started, lambda: started.finite
         send = arrays.empty_flat(receive.count, receive.dtype)
         finite = source.gather(send)
         return self.start_sum(words, send, receive, divisor), lambda: finite

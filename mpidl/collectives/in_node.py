@@ -6,7 +6,7 @@ Here are the calls in their order, one under way at a time; which calls come her
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpidl import _node
 from mpidl.arrays import ArrayView
@@ -14,6 +14,14 @@ from mpidl.collectives.sources import Source
 from mpidl.shared_memory import Segment
 
 _PATIENCE = 2_000_000  # nanoseconds in which no signal is looked after
+
+
+class Part(NamedTuple):
+    """A part of flat data, cut in blocks for the first ranks until there are no elements left; all in elements."""
+
+    start: int
+    count: int  # type: ignore[assignment]  # the field is wanted more than tuple's method
+    block: int
 
 
 class Job:
@@ -87,8 +95,37 @@ class Node:
             divisor: for each sum.
         """
         struct = _node.job(words, "allreduce", receive.dtype, receive.count, (0, receive.address), divisor=divisor)
-        pointers = _node.read_from_table(struct, source.table.segments, source.addresses, source.dtype, source.scale)
+        pointers = _node.pointers(source.addresses)
+        _node.read_from_table(struct, source.table.segments, pointers, source.dtype, scale=source.scale)
         return self._start(struct, (pointers, source, receive))
+
+    def reduce_scatter_part(
+        self, words: tuple[int, int], source: ArrayView | Source, part: Part, out: ArrayView, op: str
+    ) -> Job:
+        """Starts the reduction of a part of the ranks' data, whose blocks go to the first ranks.
+
+        Args:
+            words: as all ranks must say them.
+            source: where this rank's data lie.
+            part: alike on all ranks.
+            out: for this rank's block; in the dtype in which the part is reduced.
+            op: "sum" and the like.
+        """
+        address = source.address + part.start * source.itemsize if isinstance(source, ArrayView) else 0
+        addresses = (address, out.address)
+        job = _node.job(words, "reduce_scatter", out.dtype, part.block, addresses, op=op, total=part.count)
+        if isinstance(source, ArrayView):
+            return self._start(job, (source, out))
+        pointers, table = _node.pointers(source.addresses), source.table.segments
+        _node.read_from_table(job, table, pointers, source.dtype, scale=source.scale, base=part.start)
+        return self._start(job, (pointers, source, out))
+
+    def allgather_part(self, words: tuple[int, int], mine: ArrayView, part: Part, receive: ArrayView) -> Job:
+        """Starts collecting the blocks of a part, cut as for `reduce_scatter_part`, in their place in `receive`."""
+        item = receive.itemsize
+        addresses = (mine.address, receive.address + part.start * item)
+        job = _node.job(words, "allgather", "uint8", part.block * item, addresses, total=part.count * item)
+        return self._start(job, (mine, receive))
 
     def give_up(self) -> None:
         """Makes sure that no rank takes a call for completed that this one gave up."""

@@ -136,6 +136,49 @@ def test_every_kind(instructions: str) -> None:
         assert all(np.array_equal(copy, mine[1]) for copy in copies)
 
 
+def test_the_last_blocks_may_be_shorter_or_empty(instructions: str) -> None:
+    size, count = 4, 100
+    for small in (0, 1 << 15):
+        ranks = Ranks(size, small=small)
+        for total in (1, 99, 100, 101, 250, 400):
+            whole = [values(rank, total, "float64") for rank in range(size)]
+            expected = in_rank_order("sum", whole)
+            outputs = [np.zeros(count) for _ in whole]
+            blocks(ranks, "reduce_scatter", count, total, whole, outputs)
+            results = [np.zeros(total + 1) for _ in whole]
+            blocks(ranks, "allgather", count, total, outputs, results)
+            for rank, out in enumerate(outputs):
+                mine = expected[rank * count : (rank + 1) * count]
+                assert np.array_equal(out[: len(mine)], mine), (small, total)
+                assert not out[len(mine) :].any(), (small, total)
+            for result in results:
+                assert np.array_equal(result[:total], expected), (small, total)
+                assert result[total] == 0
+
+
+def blocks(ranks: Ranks, kind: str, count: int, total: int, inputs: list[Any], outputs: list[Any]) -> None:
+    ranks.calls += 1
+    addresses = [(x.ctypes.data, out.ctypes.data) for x, out in zip(inputs, outputs, strict=True)]
+    jobs = [_node.job((ranks.calls, 7), kind, "float64", count, pair, total=total) for pair in addresses]
+    assert ranks.run(jobs) == [_node.DONE] * len(jobs)
+
+
+def test_memory_of_one_rank_is_reduced_alike(instructions: str) -> None:
+    inputs = [values(rank, 1000, "float32") for rank in range(3)]
+    expected = in_rank_order("sum", inputs) / np.float32(3)
+    out = np.zeros(1000, np.float32)
+    _node.reduce([x.ctypes.data for x in inputs], out.ctypes.data, 1000, dtype="float32", op="sum", divisor=3.0)
+    assert np.array_equal(out, expected)
+    _node.reduce(
+        [x.ctypes.data for x in inputs], inputs[1].ctypes.data, 1000, dtype="float32", op="sum", divisor=3.0
+    )  # in place
+    assert np.array_equal(inputs[1], expected)  # in place
+    with pytest.raises(DtypeError):
+        _node.reduce([out.ctypes.data], out.ctypes.data, 4, dtype="uint8", op="sum")
+    with pytest.raises(ArgumentError):
+        _node.reduce([], out.ctypes.data, 4, dtype="float32", op="sum")
+
+
 def test_results_past_the_caches_are_the_same(instructions: str) -> None:
     count = (1 << 22) + 37  # 16 MiB and a little: written by streaming stores
     ranks = Ranks(2, piece=1 << 18)

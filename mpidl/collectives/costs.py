@@ -1,0 +1,115 @@
+"""Which algorithm carries out an allreduce between nodes: a cost model, with the link's two constants measured once.
+
+All ranks must choose alike, so the constants are measured between two ranks and told to all. Bits depend on the choice:
+it is kept with a checkpoint, and MPIDL_DETERMINISTIC=1 lets it depend on sizes alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from mpidl.errors import ArgumentError
+from mpidl.placement import Link
+from mpidl.topology import Topology
+
+DETERMINISTIC = "MPIDL_DETERMINISTIC"
+ALGORITHMS = ("mpi", "direct", "halving_doubling")
+_USUAL = Link(latency=20e-6, per_byte=1 / 1.25e9)  # 10 Gbit/s over TCP
+_START = 150e-6  # seconds that lanes need beside the network: the jobs of a node, and Python around them
+_MESSAGE = 10e-6  # seconds of a processor for each message
+_TRIES, _SMALL, _LARGE = 5, 8, 1 << 17  # messages each way; bytes
+_FASTEST = 1e-11  # seconds per byte: what is measured below is noise
+_LIMIT = 0.08  # seconds; a slow link is measured with fewer messages
+
+
+def link_of(topology: Topology) -> Link:
+    """Returns the constants of the link between two nodes, measured on the first call; a collective then.
+
+    Raises:
+        ArgumentError: MPIDL_DETERMINISTIC makes no sense on some rank.
+    """
+    if topology.link is None:
+        topology.link = _USUAL if _all_want_the_usual(topology) else _measured(topology)
+    return topology.link
+
+
+def choose(topology: Topology, nbytes: int) -> str:
+    """Returns one of `ALGORITHMS`, alike on every rank."""
+    costs = estimates(topology, nbytes)
+    return min(ALGORITHMS, key=costs.__getitem__)
+
+
+def estimates(topology: Topology, nbytes: int) -> dict[str, float]:
+    """Returns the seconds that each of `ALGORITHMS` is expected to take."""
+    link, counts = link_of(topology), Counter(topology.placement.nodes)
+    nodes, lanes = len(counts), min(counts.values())
+    core = 1 << (nodes.bit_length() - 1)
+    least = 2 * (nodes - 1) / nodes * nbytes * link.per_byte  # a node sends so much, whoever leads
+    rounds = core.bit_length() - 1
+    message = link.latency + _MESSAGE
+    beyond = 2 * (message + nbytes / lanes * link.per_byte) if nodes > core else 0.0
+    halving = 2 * (core - 1) / core * nbytes * link.per_byte + 2 * rounds * message + beyond
+    # MPI's own algorithms take ranks one by one: what one rank of a node has had, the next asks for again.
+    steps = 2 * (topology.size - 1).bit_length() * link.latency
+    return {
+        "mpi": steps + least * max(1.0, max(counts.values()) / 2),
+        "direct": _START + least + 2 * link.latency + 2 * (nodes - 1) * _MESSAGE,
+        "halving_doubling": _START + halving,
+    }
+
+
+def _all_want_the_usual(topology: Topology) -> bool:
+    text = os.environ.get(DETERMINISTIC, "")
+    word = int(text or 0) if text in ("", "0", "1") else -1
+    words = topology.gather_words(np.array([word], np.int64), "choosing algorithms")[:, 0]
+    if word < 0:
+        raise ArgumentError(f"{DETERMINISTIC}={text!r}: expected 0 or 1")
+    if (words < 0).any():
+        raise ArgumentError(f"rank {int(words.argmin())} refused its {DETERMINISTIC}; see what it says")
+    return bool(words.any())
+
+
+def _measured(topology: Topology) -> Link:
+    """Rank 0 and the first rank of another node send each other messages; all others wait for what they find."""
+    nodes = topology.placement.nodes
+    other = next(rank for rank, node in enumerate(nodes) if node != nodes[0])
+    found = np.zeros(2, np.int64)
+    if topology.rank in (0, other):
+        latency = _half_round_trip(topology, other, _SMALL)
+        seconds = _half_round_trip(topology, other, _LARGE)
+        found[:] = round(latency * 1e12), round(max((seconds - latency) / _LARGE, _FASTEST) * 1e18)
+    picoseconds, per_byte = topology.gather_words(found, "measuring a link")[0]
+    return Link(int(picoseconds) * 1e-12, int(per_byte) * 1e-18)
+
+
+def _half_round_trip(topology: Topology, other: int, nbytes: int) -> float:
+    """Returns the least of several; both ranks agree on how many by a byte that travels along."""
+    peer = other if topology.rank == 0 else 0
+    memory = np.zeros(nbytes, np.uint8)
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) <= _TRIES:
+        memory[0] = len(times) > 1 and time.perf_counter() - started > _LIMIT / 2
+        before = time.perf_counter()
+        if topology.rank == 0:
+            _pass(topology, topology.start_send, memory, peer)
+            last = bool(memory[0])
+            _pass(topology, topology.start_receive, memory, peer)
+        else:
+            _pass(topology, topology.start_receive, memory, peer)
+            last = bool(memory[0])
+            _pass(topology, topology.start_send, memory, peer)
+        times.append((time.perf_counter() - before) / 2)
+        if last:
+            break
+    return min(times[1:])  # the first may have made the connection
+
+
+def _pass(topology: Topology, start: Any, memory: np.ndarray[Any, Any], peer: int) -> None:
+    sequence = topology.channel.sequence
+    topology.wait(start(memory.ctypes.data, memory.nbytes, peer, 0), "measuring a link", sequence)

@@ -1,0 +1,173 @@
+"""Allreduces of ranks on several nodes (pretended: MPIDL_NODE_SIZE), by every algorithm, against whole numbers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mpidl
+from mpidl import arrays
+from mpidl.collectives import Collectives, Source, costs
+from mpidl.collectives import lanes as lanes_module
+from mpidl.packing import Table
+
+WITH_OTHERS = True
+RANKS = (4, 8)
+SIZES = (3, 4, 5, 8)
+COUNTS = (1, 63, 1500)
+SHOWN = ((3, 1), (5, 1), (5, 3), (8, 2))  # ranks, and ranks of a node, that show nothing that others do not
+EXCHANGES = ("direct", "halving_doubling")
+_copies: dict[tuple[int, int], mpidl.Communicator] = {}
+
+
+@pytest.fixture(params=(1, 2, 3), ids=lambda size: f"nodes-of-{size}")
+def node_size(request: Any) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def comm(comm: mpidl.Communicator, node_size: int, monkeypatch: pytest.MonkeyPatch) -> mpidl.Communicator:
+    """A copy, made once, whose ranks lie on several nodes; slices are so small that a call takes many segments."""
+    monkeypatch.setattr(lanes_module, "_SLICE", 512)
+    if node_size >= comm.size:
+        pytest.skip("one node")
+    if comm.size <= RANKS[0] < int(os.environ["MPIDL_TESTS_RANKS"]) or (comm.size, node_size) in SHOWN:
+        pytest.skip("shown by others")
+    key = comm.size, node_size
+    if key not in _copies:
+        monkeypatch.setenv("MPIDL_NODE_SIZE", str(node_size))
+        _copies[key] = mpidl.Communicator(comm.topology.data)
+    return _copies[key]
+
+
+@pytest.fixture(params=EXCHANGES)
+def algorithm(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(costs, "choose", lambda *_: request.param)
+    return str(request.param)
+
+
+def values(rank: int, count: int, dtype: str) -> np.ndarray[Any, Any]:
+    return ((np.arange(count) * 7 + rank * 3) % 11 + 1).astype(dtype)
+
+
+def test_every_rank_gets_the_reduction(comm: mpidl.Communicator, algorithm: str):
+    before = comm.topology.channel.sequence
+    for dtype in ("float32", "float64", "int32", "int64", "float16"):
+        for count in COUNTS:
+            inputs = [values(rank, count, dtype) for rank in range(comm.size)]
+            for op, function in (("sum", np.add), ("min", np.minimum), ("max", np.maximum)):
+                assert np.array_equal(comm.allreduce(inputs[comm.rank], op), function.reduce(inputs)), (dtype, op)
+            x = inputs[comm.rank].copy()
+            assert np.array_equal(comm.allreduce(x, out=x), np.add.reduce(inputs))  # in place
+    assert comm.topology.channel.sequence > before
+
+
+def test_means_and_bits(comm: mpidl.Communicator, algorithm: str):
+    rows = [torch.randn(3001, generator=torch.Generator().manual_seed(rank)) for rank in range(comm.size)]
+    found = comm.allreduce(rows[comm.rank], "mean")
+    assert torch.allclose(found, torch.stack(rows).mean(0), atol=1e-6)
+    everyone = comm.allgather(found)
+    assert all(torch.equal(row, everyone[0]) for row in everyone)
+
+
+def test_several_at_a_time_end_in_order(comm: mpidl.Communicator, algorithm: str):
+    ranks = Collectives(comm.topology)
+    memory = [(np.full(2000 + 100 * i, comm.rank + i, np.float64), np.empty(2000 + 100 * i)) for i in range(5)]
+    started = [ranks.start_sum((9, i), arrays.view(x), arrays.view(out), 1) for i, (x, out) in enumerate(memory)]
+    for request in reversed(started):
+        while not request.tried():
+            pass
+    for i, (_, out) in enumerate(memory):
+        assert (out == comm.size * i + comm.size * (comm.size - 1) // 2).all()
+
+
+@pytest.mark.parametrize("wire_dtype", ["", "bfloat16"])
+def test_scattered_gradients(comm: mpidl.Communicator, algorithm: str, wire_dtype: str):
+    counts = (7, 0, 300, 1, 64, 1280)
+    offsets = tuple(int(n) for n in np.cumsum([0, *counts[:-1]]))
+    parts = [torch.from_numpy(values(comm.rank + i, count, "float32")) for i, count in enumerate(counts)]
+    addresses = [0 if i == 2 else part.data_ptr() for i, part in enumerate(parts)]
+    expected = np.concatenate(
+        [
+            sum(values(rank + i, count, "float32") for rank in range(comm.size)) * (i != 2)
+            for i, count in enumerate(counts)
+        ]
+    )
+    ranks = Collectives(comm.topology, wire_dtype=wire_dtype)
+    out = np.empty(sum(counts), np.float32)
+    source = Source(Table(counts, offsets), addresses, "float32", 1.0, parts)
+    request, finite = ranks.start_gathered_sum((1, 2), source, arrays.view(out), 1)
+    while not request.tried():
+        pass
+    assert np.array_equal(out, expected)  # sums of up to 8 x 11 are exact in bfloat16
+    assert finite()
+    if comm.rank == comm.size - 1:
+        parts[5][700] = float("nan")
+    request, finite = ranks.start_gathered_sum((1, 3), source, arrays.view(out), 1)
+    while not request.tried():
+        pass
+    assert np.isnan(out).sum() == 1
+    assert finite() == (comm.rank != comm.size - 1)
+
+
+def test_the_link_is_measured_once_and_known_to_all(comm: mpidl.Communicator):
+    link = costs.link_of(comm.topology)
+    assert link.latency > 0
+    assert link.per_byte > 0
+    duplicate = comm.topology.duplicate("a duplicate")
+    assert duplicate.link is link
+    duplicate.free()
+    words = comm.allgather(np.array([link.latency, link.per_byte]))
+    assert (words == words[0]).all()
+
+
+def test_deterministic_choices_ask_no_link(comm: mpidl.Communicator, node_size: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MPIDL_NODE_SIZE", str(node_size))
+    monkeypatch.setenv("MPIDL_DETERMINISTIC", "1" if comm.rank == 1 else "")  # one rank's wish holds for all
+    copy = mpidl.Communicator(comm.topology.data)
+    assert copy.topology.link == costs._USUAL
+    copy.free()
+    monkeypatch.setenv("MPIDL_DETERMINISTIC", "maybe" if comm.rank == 1 else "")
+    with pytest.raises(mpidl.ArgumentError, match="'maybe'" if comm.rank == 1 else "rank 1 refused its MPIDL_DETERM"):
+        mpidl.Communicator(comm.topology.data)
+
+
+def test_a_forced_algorithm_is_taken(comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+    real = lanes_module.Lanes.allreduce
+    monkeypatch.setattr(lanes_module.Lanes, "allreduce", lambda self, what: (taken.append(what), real(self, what))[1])
+    for forced, expected in (("mpi", 0), ("direct", 1), ("halving_doubling", 1)):
+        monkeypatch.setattr(comm._collectives, "forced", forced)
+        taken.clear()
+        assert (comm.allreduce(np.ones(10)) == comm.size).all()
+        assert len(taken) == expected
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+def test_gradients_of_a_model(comm: mpidl.Communicator, algorithm: str, wire_dtype: torch.dtype | None):
+    model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = mpidl.Synchronous(inner, model, comm=comm, bucket_cap_mb=0.001, wire_dtype=wire_dtype)
+    batches = [torch.randn(8, 30, generator=torch.Generator().manual_seed(rank)) for rank in range(comm.size)]
+    alone = [torch.autograd.grad(model(x).square().mean(), list(model.parameters())) for x in batches]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batches[comm.rank]).square().mean().backward()
+        for parameter, gradients in zip(model.parameters(), zip(*alone, strict=True), strict=True):
+            assert parameter.grad is not None
+            tolerance = 1e-6 if wire_dtype is None else 0.03 * float(torch.stack(gradients).abs().max())
+            assert torch.allclose(parameter.grad, torch.stack(gradients).mean(0), rtol=0, atol=tolerance)
+            everyone = comm.allgather(parameter.grad)
+            assert all(torch.equal(one, everyone[0]) for one in everyone)
+    optimizer.finish()
+
+
+def test_a_wire_dtype_that_cannot_be_is_refused(comm: mpidl.Communicator):
+    model = torch.nn.Linear(2, 2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(mpidl.ArgumentError, match=r"wire_dtype=torch\.float16; expected None or torch\.bfloat16"):
+        mpidl.Synchronous(inner, model, comm=comm, wire_dtype=torch.float16)
