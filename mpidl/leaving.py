@@ -132,9 +132,12 @@ def _at_exit() -> None:
     if os.getpid() != _pid or _abort is None:
         return  # a forked child: the MPI state belongs to its parent
     if _failure is None and not _open:
-        for callback in _quiet_leave:
-            callback()
-        return
+        try:
+            for callback in _quiet_leave:
+                callback()
+            return
+        except BaseException as error:  # a signal, while this rank waits for the others
+            mark_failed(_named(type(error), error))
     reasons = [_failure] if _failure else []
     if _open:
         reasons.append("still open: " + "; ".join(_open.values()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ LEFT, ASK, HERE, PROPOSE, GIVE_UP, STOP = 1, 2, 3, 4, 5, 6
 _TEXT = 496  # bytes
 _NOTICE = struct.Struct(f"<qq{_TEXT}s")
 _TAG = 7
+_PAUSES = (0.001, 0.05)  # seconds between two looks at who has left: at first, and at most
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+_lasting: list[Channel] = []
 
 
 def seconds_from_environment(name: str, default: float) -> float:
@@ -87,6 +90,10 @@ class Channel:
         """Tells the channel which process each rank is."""
         self._processes = processes
 
+    def last(self) -> None:
+        """Keeps the channel until this rank leaves for good, as all its ranks must do."""
+        _lasting.append(self)
+
     def begin(self) -> int:
         """Counts one more call on this communicator and returns its number.
 
@@ -119,6 +126,14 @@ class Channel:
         """Tells all peers that this rank makes no further call."""
         if self._comm is not None and not self._mpi.Is_finalized():
             self._notify(LEFT, self.sequence, "")
+
+    def alone(self) -> bool:
+        """Takes in what has arrived; returns whether every peer has left, or one is gone without having done so."""
+        if self._comm is None or self._mpi.Is_finalized():
+            return True
+        self.receive("")
+        staying = [rank for rank in range(self._comm.size) if rank != self._comm.rank and not self.has_left(rank)]
+        return not staying or not all(self._processes[rank].alive() for rank in staying if self._processes)
 
     def ask_to_stop(self, ranks: Iterable[int]) -> None:
         """Passes on to `ranks`, as far as they are there, that this one was asked to stop."""
@@ -238,8 +253,19 @@ def receive_all(busy: str) -> None:
 
 
 def _leave_all() -> None:
-    for channel in list(_channels):
+    """Says goodbye on every channel, and takes in everybody else's: MPI must not end with messages on their way.
+
+    The others may go on for hours without this rank. It waits here rather than in MPI's own end, where no signal gets
+    through; if one of them dies it waits no longer.
+    """
+    channels = list(_channels)
+    for channel in channels:
         channel.leave()
+    pause = _PAUSES[0]
+    while not all(channel.alone() for channel in _lasting):  # of the others some rank may have let go without a word
+        time.sleep(pause)
+        pause = min(1.5 * pause, _PAUSES[1])
+    receive_all("")
 
 
 leaving.before_quiet_leave(_leave_all)

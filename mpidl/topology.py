@@ -266,7 +266,9 @@ def start(mpi_comm: Any, name: str) -> Topology:
 
 def start_world() -> Topology:
     """Returns a topology over the ranks of MPI.COMM_WORLD, starting MPI where needed; a collective."""
-    return start(runtime.mpi().COMM_WORLD, "world")
+    world = start(runtime.mpi().COMM_WORLD, "world")
+    world.channel.last()
+    return world
 
 
 def wait_all(topology: Topology, requests: list[Any], what: str, sequence: int, memory: object) -> None:

@@ -61,6 +61,39 @@ def test_commits_from_other_nodes_land_while_a_rank_computes(tmp_path: Path, ser
     result = run_ranks(2 + servers, program, timeout=120, env=APART)
     assert result.returncode == 0, result.output
     assert "commits landed meanwhile: True" in result.stdout, result.output
+    assert "was not matched" not in result.output  # a message that nobody took in before MPI ended
+
+
+ONE_BY_ONE = """
+import time, mpidl
+time.sleep(0.3 * mpidl.world().rank)
+"""
+
+
+@on_mpich
+def test_ranks_that_leave_one_by_one_take_in_each_others_last_words(tmp_path: Path) -> None:
+    result = run_text(ONE_BY_ONE, 3, tmp_path, **APART)
+    assert result.returncode == 0, result.output
+    assert "was not matched" not in result.output
+
+
+WAITING = """
+import os, time, signal, mpidl
+comm = mpidl.world()
+if comm.rank == 1:
+    time.sleep(30)
+elif os.fork() == 0:
+    time.sleep(2)
+    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_waits_for_the_others_to_leave_hears_signals(tmp_path: Path) -> None:
+    result = run_text(WAITING, 2, tmp_path)
+    assert result.returncode != 0
+    assert "rank 0 of 2 leaves too early (SIGTERM" in result.stderr, result.output
+    assert result.seconds < 20
 
 
 FEWER_THREADS = """
