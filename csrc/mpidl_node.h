@@ -56,7 +56,8 @@ typedef struct {
     int64_t base; /* the input begins at this element of the table */
     double scale;
     int32_t source_dtype;
-    int32_t finite; /* out: 1 if all that was read from the table is, after scale and cast */
+    int32_t finite;            /* out: 1 if all that was read from the table is, after scale and cast */
+    int64_t packing, reducing; /* out: nanoseconds spent in staging, and in producing and consuming, so far */
     /* How far the call has come; zero at first. */
     int32_t phase, agreed, taken, differs;
     int64_t rounds, staged, produced, consumed;

@@ -60,7 +60,9 @@ static void announce(mpidl_node *node, mpidl_job *job) {
     announcement *mine = announcement_of(node, node->rank, node->calls);
     memcpy(mine->words, job->words, sizeof mine->words);
     if (mpidl_is_small(node, job)) {
+        int64_t started = job->segments ? nanoseconds_now() : 0; /* of flat memory it would take longer than the copy */
         mpidl_give_small(node, job, mine->small);
+        job->packing += job->segments ? nanoseconds_now() - started : 0;
     }
     raise(node, ANNOUNCED, node->calls);
 }
@@ -91,7 +93,9 @@ static bool try_stage(const mpidl_node *node, mpidl_job *job, peer *missing) {
     if (job->staged == job->rounds || wait_for_any(node, PRODUCED, round + 1 - SLOTS, missing)) {
         return false;
     }
+    int64_t started = nanoseconds_now();
     mpidl_stage(node, job, job->staged++);
+    job->packing += nanoseconds_now() - started;
     raise(node, STAGED, round + 1);
     return true;
 }
@@ -102,7 +106,9 @@ static bool try_produce(const mpidl_node *node, mpidl_job *job, peer *missing) {
         wait_for_any(node, CONSUMED, round + 1 - SLOTS, missing)) {
         return false;
     }
+    int64_t started = nanoseconds_now();
     mpidl_produce(node, job, job->produced++);
+    job->reducing += nanoseconds_now() - started;
     raise(node, PRODUCED, round + 1);
     return true;
 }
@@ -118,7 +124,9 @@ static bool try_consume(const mpidl_node *node, mpidl_job *job, peer *missing) {
         if (waits(node, from, PRODUCED, round + 1, missing)) {
             return false;
         }
+        int64_t started = nanoseconds_now();
         mpidl_consume(node, job, job->consumed, from);
+        job->reducing += nanoseconds_now() - started;
     }
     if (one || ++job->taken >= node->ranks - 1) {
         job->taken = 0;
@@ -146,7 +154,9 @@ static bool try_agree(mpidl_node *node, mpidl_job *job, peer *missing) {
     job->phase = MOVING;
     if (!job->differs) {
         if (mpidl_is_small(node, job)) {
+            int64_t started = job->segments ? nanoseconds_now() : 0;
             mpidl_take_small(node, job);
+            job->reducing += job->segments ? nanoseconds_now() - started : 0;
         }
         begin_rounds(node, job);
     }

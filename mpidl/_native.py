@@ -55,6 +55,7 @@ ffi.cdef(
         double scale;
         int32_t source_dtype;
         int32_t finite;
+        int64_t packing, reducing;
         int32_t phase, agreed, taken, differs;
         int64_t rounds, staged, produced, consumed;
     } mpidl_job;

@@ -8,7 +8,7 @@ what backward computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,9 @@ class BucketMemory:
         self.packed: set[int] = set()
         self._gradients: dict[int, torch.Tensor | None] = {}
         self._weight = 1.0
-        self._request: Any = None
-        self._is_finite: Callable[[], bool] = lambda: True
+        self._request: Any = None  # under way
+        self._last: Any = None  # the same, until the next one is started
+        self._waited = 0.0
         self._slots = dict(zip(bucket.members, bucket.layout.slots, strict=True))
         self._table = Table(tuple(s.count for s in bucket.layout.slots), tuple(s.offset for s in bucket.layout.slots))
         orders = {index: memory_order(parameters[index]) for index in bucket.members}
@@ -66,12 +67,18 @@ class BucketMemory:
     @property
     def finite(self) -> bool:
         """Whether all that was sent in this round is finite; asked once the reduction has completed."""
-        return self._is_finite()
+        return self._last is None or bool(self._last.finite)
+
+    def seconds(self) -> tuple[float, float, float]:
+        """What the last reduction took: packing, reducing, and waiting for others at the end of backward."""
+        packing, reducing = self._last.seconds if self._last is not None else (0.0, 0.0)
+        return packing, reducing, self._waited
 
     def begin(self) -> None:
         """Forgets the gradients of the round before."""
         self.packed.clear()
         self._gradients.clear()
+        self._last = None
 
     def pack(self, index: int, gradient: torch.Tensor | None, weight: int) -> None:
         """Notes one parameter's gradient, which counts `weight` times; only while no reduction is under way.
@@ -112,7 +119,11 @@ class BucketMemory:
         present = {i: self._in_order(i, g).contiguous() for i, g in self._gradients.items() if g is not None}
         addresses = [present[index].data_ptr() if index in present else 0 for index in self.bucket.members]
         source = Source(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
-        self._request, self._is_finite = ranks.start_gathered_sum(words, source, arrays.view(self._receive), total)
+        self._begin(ranks.start_gathered_sum(words, source, arrays.view(self._receive), total))
+
+    def _begin(self, request: Any) -> None:
+        self._request = self._last = request
+        self._waited = 0.0
         _under_way.add(self)
         self.advance()
 
@@ -124,8 +135,10 @@ class BucketMemory:
     def wait(self, ranks: Collectives) -> None:
         """Returns when the reduction has completed."""
         if self._request is not None:
-            at = ranks.topology
+            at, before, started = ranks.topology, sum(self._last.seconds), time.perf_counter()
             topology.wait_all(at, [self._request], "the reduction of gradients", at.channel.sequence, self)
+            worked = sum(self._last.seconds) - before
+            self._waited = max(0.0, time.perf_counter() - started - worked)
             self._settle()
 
     def _settle(self) -> None:
@@ -222,9 +235,7 @@ class DeviceBucketMemory(BucketMemory):
         self._written(targets, dense)
 
     def launch(self, ranks: Collectives, words: tuple[int, int], total: int) -> None:
-        self._request = ranks.start_sum(words, arrays.view(self._send), arrays.view(self._receive), total)
-        _under_way.add(self)
-        self.advance()
+        self._begin(ranks.start_sum(words, arrays.view(self._send), arrays.view(self._receive), total))
 
     def _move(self, name: str, tensors: dict[int, torch.Tensor], scale: float, stream: int) -> devices.Late:
         """One launch over some of the bucket's tensors."""

@@ -28,6 +28,9 @@ class Link:
     latency: float  # seconds, one way
     per_byte: float  # seconds
 
+    def as_dict(self) -> dict[str, float]:
+        return {"latency": self.latency, "per_byte": self.per_byte}
+
 
 def pretended_node_size() -> int:
     """MPIDL_NODE_SIZE=k pretends that nodes have k ranks each; 0: it is not set.

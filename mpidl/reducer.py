@@ -196,8 +196,8 @@ class Reducer:
             self._memories[number].ready(wait=True)
             self._launch(now, number)
         now.launched = len(self._memories)
-        for memory in self._memories:
-            memory.wait(self._collectives)
+        for number in range(len(self._memories)):
+            self._wait(number)
         used_anywhere = self._trailer(now, used if now.weight else set())
         if self._ranks.rank in header.stepping:
             self._write_back(used_anywhere)
@@ -206,6 +206,10 @@ class Reducer:
             self.uneven = header.stepping[0]
         self._round = None
         return header
+
+    def _wait(self, number: int) -> None:
+        self._memories[number].wait(self._collectives)
+        self._statistics.note_bucket(number, self._memories[number].seconds())
 
     def _trailer(self, now: _Round, used: set[int]) -> np.ndarray[Any, Any]:
         """Agrees on used parameters, late buckets and non-finite gradients; does the late buckets again."""
@@ -226,7 +230,7 @@ class Reducer:
             self._memories[number].ready(wait=True)
             self._launch(now, number)
         for number in again:
-            self._memories[number].wait(self._collectives)
+            self._wait(number)
         self._statistics.nonfinite_rounds += int(flags[-1])
         return flags[:count]
 

@@ -5,8 +5,9 @@ All ranks choose alike, by what the call's word says (operation, dtype, count) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any
+import time
+from collections.abc import Generator
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -182,36 +183,61 @@ class Collectives:
         yield self.start_words_gather(send, everyone)
         np.bitwise_or.reduce(everyone, axis=0, out=receive)
 
-    def start_sum(
-        self, words: tuple[int, int], send: ArrayView, receive: ArrayView, divisor: int
-    ) -> Job | Driven | Allreduce:
+    def start_sum(self, words: tuple[int, int], send: ArrayView, receive: ArrayView, divisor: int) -> Sum:
         """Starts the sum of `send` over all ranks, divided by `divisor`, into `receive`; they lie apart."""
         if self.node is not None:
             return self.node.reduce_like("allreduce", words, send, receive, "sum", divisor=float(divisor))
         exchange = self._exchange(receive, "sum")
         if exchange is not None:
             return self._by_lanes(Reduction(words, send, receive, "sum", float(divisor), exchange, self._wire_dtype))
-        return Driven(_sum_by_mpi(self.topology, send, receive, divisor))
+        return _SumByMPI(self.topology, send, receive, divisor)
 
-    def start_gathered_sum(
-        self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: int
-    ) -> tuple[Job | Driven | Allreduce, Callable[[], bool]]:
-        """As `start_sum`, of what lies scattered over memory, and does not change before it has ended.
-
-        Returns:
-            The request; and a function that says, once it has completed, whether all that this rank gave was finite.
-        """
+    def start_gathered_sum(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: int) -> Sum:
+        """As `start_sum`, of what lies scattered over memory, and does not change before it has ended."""
         if self.node is not None:
-            job = self.node.allreduce_table(words, source, receive, float(divisor))
-            return job, lambda: job.finite
+            return self.node.allreduce_table(words, source, receive, float(divisor))
         exchange = self._exchange(receive, "sum")
         if exchange is not None:
-            rest = float(divisor), exchange, self._wire_dtype
-            started = self._by_lanes(Reduction(words, source, receive, "sum", *rest))
-            return started, lambda: started.finite
+            return self._by_lanes(Reduction(words, source, receive, "sum", float(divisor), exchange, self._wire_dtype))
         send = arrays.empty_flat(receive.count, receive.dtype)
+        started = time.perf_counter()
         finite = source.gather(send)
-        return self.start_sum(words, send, receive, divisor), lambda: finite
+        return _SumByMPI(self.topology, send, receive, divisor, finite=finite, packing=time.perf_counter() - started)
+
+
+class Sum(Protocol):
+    """A sum under way, a request."""
+
+    def Test(self) -> bool:  # noqa: N802  # as MPI names it
+        """Moves on without waiting."""
+
+    def tried(self) -> bool:
+        """As `Test`, but may wait for a moment."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that this rank gave is finite, once it has completed; asked only where that was looked at."""
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """What this rank has spent on packing, and on reducing and copying, so far."""
+
+
+class _SumByMPI(Driven):
+    """MPI does not say how it spends its time."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        send: ArrayView,
+        receive: ArrayView,
+        divisor: int,
+        *,
+        finite: bool = True,
+        packing: float = 0.0,
+    ) -> None:
+        super().__init__(_sum_by_mpi(topology, send, receive, divisor))
+        self.finite, self.seconds = finite, (packing, 0.0)
 
 
 def _all_want_it(topology: Topology, directly: bool) -> bool:

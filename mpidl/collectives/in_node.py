@@ -46,6 +46,11 @@ class Job:
         """Whether all that was read from a table is finite, once the job is done."""
         return bool(self.struct.finite)
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Time that this rank has spent on packing, and on reducing and copying results, so far."""
+        return self.struct.packing * 1e-9, self.struct.reducing * 1e-9
+
     def end(self, *, differs: bool) -> None:
         self.done, self.differs, self._kept = True, differs, None
 

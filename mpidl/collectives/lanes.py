@@ -124,6 +124,12 @@ class Allreduce:
         """Whether all that was read from a table is finite, once the request has completed."""
         return all(job.finite for job in self._reduced)
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Time that this rank has spent on packing, and on its node's reductions and copies, so far."""
+        spent = [job.seconds for job in (*self._reduced, *self._gathered)]
+        return sum(packing for packing, _ in spent), sum(reducing for _, reducing in spent)
+
     def advance(self, *, patient: bool) -> bool:
         """Moves this call on; returns whether it has completed. Only for the oldest."""
         if not self._slices:

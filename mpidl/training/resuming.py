@@ -17,6 +17,7 @@ import torch
 from mpidl import leaving
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError
+from mpidl.placement import Link
 from mpidl.training.agreement import everywhere
 from mpidl.training.checkpoint import Checkpoint, Store, decode, decode_tensors, open_checkpoint
 from mpidl.training.data import Position
@@ -185,6 +186,16 @@ def _said(comm: Communicator, settings: Settings, origin: Origin) -> str:
 
 
 # Taking it up.
+
+
+def reuse_link(origin: Origin, comm: Communicator) -> None:
+    """Lets what was measured of the link between nodes hold on, if the ranks are placed as they were.
+
+    Algorithms are chosen by it, and the bits of a sum depend on them. Before the optimiser is made, on every rank.
+    """
+    world = origin.checkpoint.manifest["world"]
+    if world.get("link") and world["nodes"] == list(comm.topology.placement.nodes):
+        comm.topology.link = Link(**world["link"])
 
 
 def load_model(origin: Origin, model: torch.nn.Module) -> None:

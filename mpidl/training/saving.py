@@ -59,6 +59,7 @@ class Subject:
 
     def manifest(self, position: Position, samples: int, clock: int | None = None) -> dict[str, Any]:
         """What the manifest says besides the files."""
+        ranks = self.comm.topology
         return {
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {
@@ -66,7 +67,11 @@ class Subject:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            "world": {"ranks": self.comm.size, "nodes": list(self.comm.topology.placement.nodes)},
+            "world": {
+                "ranks": ranks.size,
+                "nodes": list(ranks.placement.nodes),
+                "link": ranks.link and ranks.link.as_dict(),
+            },
             "run": dict(self.identity),
             "position": asdict(position),
             "steps": self.recorder.steps,

@@ -76,6 +76,7 @@ def run(settings: Settings, stop: StopRequest, comm: Communicator | None = None)
     origin = resuming.choose(comm, folder, settings, kept)
     if origin is not None:
         everywhere(comm, lambda: resuming.load_model(origin, prepared.model))
+        resuming.reuse_link(origin, comm)
     way = new_way(settings, prepared.optimizer, prepared.model, comm)
     return _Run(settings, comm, prepared, folder, way, kept, origin).train(stop)
 
@@ -223,6 +224,7 @@ class _Run:
             "ranks": self.comm.size,
             "servers": self.comm.servers,
             "nodes": self.comm.nodes,
+            "link": (link := self.comm.topology.link) and link.as_dict(),
             "threads_per_rank": torch.get_num_threads(),
             "mpi": runtime.mpi_description(),
             "versions": {

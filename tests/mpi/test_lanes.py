@@ -45,7 +45,13 @@ def comm(comm: mpidl.Communicator, node_size: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(params=EXCHANGES)
-def algorithm(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+def algorithm(request: Any, comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch) -> str:
+    if (
+        request.param == "direct"
+        and comm.size > RANKS[0]
+        and request.function is not test_every_rank_gets_the_reduction
+    ):
+        pytest.skip("shown by fewer ranks")
     monkeypatch.setattr(costs, "choose", lambda *_: request.param)
     return str(request.param)
 
@@ -100,18 +106,18 @@ def test_scattered_gradients(comm: mpidl.Communicator, algorithm: str, wire_dtyp
     ranks = Collectives(comm.topology, wire_dtype=wire_dtype)
     out = np.empty(sum(counts), np.float32)
     source = Source(Table(counts, offsets), addresses, "float32", 1.0, parts)
-    request, finite = ranks.start_gathered_sum((1, 2), source, arrays.view(out), 1)
+    request = ranks.start_gathered_sum((1, 2), source, arrays.view(out), 1)
     while not request.tried():
         pass
     assert np.array_equal(out, expected)  # sums of up to 8 x 11 are exact in bfloat16
-    assert finite()
+    assert request.finite
     if comm.rank == comm.size - 1:
         parts[5][700] = float("nan")
-    request, finite = ranks.start_gathered_sum((1, 3), source, arrays.view(out), 1)
+    request = ranks.start_gathered_sum((1, 3), source, arrays.view(out), 1)
     while not request.tried():
         pass
     assert np.isnan(out).sum() == 1
-    assert finite() == (comm.rank != comm.size - 1)
+    assert request.finite == (comm.rank != comm.size - 1)
 
 
 def test_the_link_is_measured_once_and_known_to_all(comm: mpidl.Communicator):

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from bed import FOLDER
+from copies import copied
 from training_helpers import batch, loss_of, mlp
 
 import mpidl
+from mpidl.collectives import costs
+from mpidl.placement import Link
 from mpidl.training import session
 from mpidl.training.agreement import RefusedError
 from mpidl.training.checkpoint import Draft, Store, decode, decode_tensors
@@ -67,7 +70,8 @@ def content(checkpoint):
     """Everything that must be alike in two checkpoints of the same step."""
     found = {name: decode(checkpoint.read(name)) for name in checkpoint.manifest["files"] if name.endswith(".pt")}
     for file in found.values():
-        file.get("statistics", {}).pop("seconds_communicating", None)
+        for name in [name for name in file.get("statistics", {}) if name.startswith("seconds_")]:
+            file["statistics"].pop(name)
     found["model"] = decode_tensors(checkpoint.read("model.safetensors")) if checkpoint.has("model.safetensors") else {}
     found["place"] = {key: checkpoint.manifest[key] for key in ("position", "steps", "samples", "clock")}
     return found
@@ -118,6 +122,19 @@ def test_a_synchronous_run_that_was_stopped_ends_bit_for_bit_as_if_it_had_not_be
         same = ("samples", "steps", "held_out_loss", "held_out_accuracy", "epochs_finished", "stopped", "bytes")
         assert {k: summary(output)[k] for k in same} == {k: expected[k] for k in same}
         assert (summary(output)["resumed"], expected["resumed"]) == (1, 0)
+
+
+def test_what_was_measured_of_the_link_holds_on(comm, folder, monkeypatch):
+    output = folder / "run"
+    with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", 1) as nodes:
+        measured = nodes.topology.link.as_dict()
+        assert train(nodes, output, stop_at=3) == 75
+    assert summary(output)["link"] == newest(output).manifest["world"]["link"] == measured
+    monkeypatch.setattr(costs, "_measured", lambda _: Link(1.0, 1.0))
+    with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", 1) as nodes:
+        assert nodes.topology.link == Link(1.0, 1.0)
+        assert train(nodes, output, resume=True) == 0
+    assert summary(output)["link"] == measured
 
 
 def test_stopped_again_and_again_a_run_ends_the_same(comm, folder):

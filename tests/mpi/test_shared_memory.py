@@ -117,11 +117,11 @@ def test_scattered_input_is_scaled_cast_and_added(comm: mpidl.Communicator, cut:
         addresses[(2 + comm.rank) % 4] = 0
         source = Source(Table(counts, offsets), addresses, dtype, float(comm.rank + 1), mine)
         receive = arrays.empty_flat(sum(counts), wide)
-        request, finite = ranks.start_gathered_sum((1, 2), source, receive, 2)
+        request = ranks.start_gathered_sum((1, 2), source, receive, 2)
         while not request.tried():
             pass
         assert torch.equal(torch.from_numpy(arrays.as_numpy(receive)), expected / 2)
-        assert finite()
+        assert request.finite
 
 
 def test_what_is_not_finite_is_seen_by_the_rank_that_brought_it(comm: mpidl.Communicator, cut: Any):
@@ -130,10 +130,10 @@ def test_what_is_not_finite_is_seen_by_the_rank_that_brought_it(comm: mpidl.Comm
         if comm.rank == 1:
             mine[321] = worst
         source = Source(Table((500,), (0,)), [mine.data_ptr()], dtype, 1.0, mine)
-        request, finite = cut(comm, 64).start_gathered_sum((1, 2), source, arrays.empty_flat(500, dtype), 1)
+        request = cut(comm, 64).start_gathered_sum((1, 2), source, arrays.empty_flat(500, dtype), 1)
         while not request.tried():
             pass
-        assert finite() == (comm.rank != 1 or worst == 1e300)
+        assert request.finite == (comm.rank != 1 or worst == 1e300)
 
 
 def test_without_room_every_rank_gets_the_error_and_can_go_on(comm: mpidl.Communicator, monkeypatch: Any):

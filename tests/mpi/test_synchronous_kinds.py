@@ -176,7 +176,8 @@ def test_frozen_and_unheld_parameters(comm):
 def test_statistics_count_bytes(comm):
     model = mlp(torch.float32)
     count = sum(p.numel() for p in model.parameters())
-    optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = mpidl.Synchronous(inner, model, comm=comm, bucket_cap_mb=count * 3 / 2**20)  # two buckets
     for step in range(3):
         optimizer.zero_grad()
         loss_of(model, batch(comm.rank, step, dtype=torch.float32)).backward()
@@ -185,4 +186,10 @@ def test_statistics_count_bytes(comm):
     assert statistics["steps"] == statistics["rounds"] == 3
     assert statistics["bytes"] == 3 * 4 * count
     assert statistics["seconds_communicating"] > 0
+    spent = [statistics[f"seconds_{what}"] for what in ("packing", "reducing", "waiting")]
+    assert [len(of_buckets) for of_buckets in spent] == [2, 2, 2]
+    assert all(seconds >= 0 for of_buckets in spent for seconds in of_buckets)
+    if comm.shares_memory:
+        assert sum(spent[1]) > 0
+    assert sum(map(sum, spent)) <= statistics["seconds_communicating"]
     optimizer.finish()
