@@ -12,26 +12,31 @@ import torch.distributed as dist
 
 from mpidl import runtime
 from mpidl.benchmarks import gloo, targets
+from mpidl.benchmarks.between_nodes import BetweenNodes, between_nodes
 from mpidl.benchmarks.harness import Case, Contender, Field
 from mpidl.benchmarks.ranks import Together
 from mpidl.benchmarks.targets import KIB, MIB, size_text
 
 REFERENCE, RATE = targets.MPI, "GB/s"
 SIZES = tuple(kib * KIB for kib in (4, 16, 64, 256)) + tuple(mib * MIB for mib in (1, 4, 16, 32, 64, 256))
+_LARGEST_BETWEEN_NODES = 16 * MIB  # slow links show no more with larger ones
 _QUICK_SIZES = (4 * KIB, 64 * KIB, MIB)
 _PIECE = 1 << 20  # elements compared at a time: nothing as large as the arrays is made for a check
 
 
 def fields(ranks: Together, quick: bool) -> Iterator[tuple[Case, AbstractContextManager[Field]]]:
-    with gloo.process_group(ranks):
-        for case in cases(ranks.size, quick):
-            yield case, nullcontext(Field(ranks, _Arrays(ranks, case).contenders()))
+    with gloo.process_group(ranks), between_nodes(ranks) as apart:
+        for case in cases(ranks.size, quick, ranks.comm.nodes):
+            if apart is not None:
+                case.parameters["chosen"] = apart.chosen(case.parameters["nbytes"])
+            yield case, nullcontext(Field(ranks, _Arrays(ranks, case).contenders(apart)))
 
 
-def cases(ranks: int, quick: bool) -> list[Case]:
+def cases(ranks: int, quick: bool, nodes: int = 1) -> list[Case]:
     return [
-        Case(f"{size_text(nbytes)}, {place}", {"nbytes": nbytes, "place": place}, nbytes / 1e9)
+        Case(f"{size_text(nbytes)}, {place}", {"nbytes": nbytes, "place": place, "nodes": nodes}, nbytes / 1e9)
         for nbytes in (_QUICK_SIZES if quick else SIZES)
+        if nodes == 1 or nbytes <= _LARGEST_BETWEEN_NODES
         for place in ("out of place", "in place")
     ]
 
@@ -50,7 +55,7 @@ class _Arrays:
         self._x = self._pattern * (ranks.rank + 1)
         self._y = np.zeros(count, np.float32)
 
-    def contenders(self) -> list[Contender]:
+    def contenders(self, apart: BetweenNodes | None) -> list[Contender]:
         out = self._x if self._in_place else self._y
         comm, raw, mpi = self._ranks.comm, self._ranks.raw, runtime.mpi()
         send = mpi.IN_PLACE if self._in_place else [self._x, self._x.size, mpi.FLOAT]
@@ -62,6 +67,9 @@ class _Arrays:
         ]
         if not self._in_place:
             made.insert(0, self._contender(targets.FRESH, lambda: comm.allreduce(self._x), None))
+            if apart is not None:
+                made += [self._contender(name, run, out) for name, run in apart.calls(self._x, out).items()]
+                made.append(Contender(targets.EXCHANGE, apart.exchange(self._x, out), lambda: ""))
         elif gloo.available():  # which knows sums in place only
             tensor = torch.from_numpy(self._x)
             made.append(self._contender(targets.GLOO, lambda: dist.all_reduce(tensor), out))

@@ -9,6 +9,7 @@ from mpidl.benchmarks.harness import Series
 from mpidl.benchmarks.judging import Verdict
 from mpidl.benchmarks.machine import BUSY
 from mpidl.benchmarks.results import Result
+from mpidl.benchmarks.targets import BY, NARROW
 
 
 def page(results: Sequence[Result], verdicts: Sequence[Verdict]) -> str:
@@ -18,7 +19,7 @@ def page(results: Sequence[Result], verdicts: Sequence[Verdict]) -> str:
         lines += [*_circumstances(result), ""]
     lines += ["## Targets", "", *_targets(verdicts), ""]
     for result in results:
-        lines += [*_table(result), ""]
+        lines += [*_choices(result), *_table(result), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -63,6 +64,22 @@ def _targets(verdicts: Sequence[Verdict]) -> list[str]:
         note = f"**{one.verdict}**: {one.note}" if one.note else f"**{one.verdict}**"
         rows.append([target.name, one.case, one.mpi, target.contender, target.peer, asked, reached, sure, note])
     return _aligned(rows)
+
+
+def _choices(result: Result) -> list[str]:
+    """Where an algorithm was chosen between nodes: how much faster the best one was."""
+    rows = [["case", "chosen", "fastest", "its speed against the chosen one's (quartiles of rounds)"]]
+    prefix = BY.format("")
+    for case, parameters in result.cases.items():
+        chosen = result.find(case, parameters.get("chosen", ""))
+        measured = [one for one in result.series if one.case == case and one.contender.startswith(prefix)]
+        alike = [one for one in measured if one.seconds and one.contender != NARROW]
+        if chosen is not None and chosen in alike:
+            best = min(alike, key=lambda one: ratios.quartiles(one.seconds)[1])
+            against = ratios.ratio(chosen.seconds, best.seconds)
+            figure = "" if best is chosen else f"{_short(against.value)} ({_range(against.quartiles)})"
+            rows.append([case, chosen.contender, best.contender, figure])
+    return ["## Chosen algorithms", "", *_aligned(rows), ""] if len(rows) > 1 else []
 
 
 def _table(result: Result) -> list[str]:

@@ -103,7 +103,8 @@ def stem(benchmark: str, ranks: Ranks) -> str:
     if not isinstance(ranks, Together):
         return benchmark
     library = runtime.mpi_description()["library"].lower()
-    return f"{benchmark}-{''.join(letter for letter in library if letter.isalnum())}-{ranks.size}"
+    nodes = f"-on-{ranks.comm.nodes}-nodes" if ranks.comm.nodes > 1 else ""
+    return f"{benchmark}-{''.join(letter for letter in library if letter.isalnum())}-{ranks.size}{nodes}"
 
 
 def conclude(results: list[Result], base: Path) -> None:

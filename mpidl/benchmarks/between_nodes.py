@@ -1,0 +1,86 @@
+"""What takes part in an allreduce between nodes besides `Communicator.allreduce` as it is: every algorithm by itself,
+bfloat16 on the wire, and what the link gives at best.
+
+These are calls of mpidl's own floors, where a user has no say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from mpidl import arrays
+from mpidl.benchmarks import targets
+from mpidl.benchmarks.ranks import Together
+from mpidl.collectives import Collectives, costs
+from mpidl.topology import wait_all
+
+Call = Callable[[], Any]
+
+
+class BetweenNodes:
+    """Collectives of their own, one for each dtype on the wire; making them and giving them back are collectives."""
+
+    def __init__(self, ranks: Together) -> None:
+        self._ranks = ranks
+        self._topologies = [ranks.comm.topology.duplicate(f"mpidl bench, {name}") for name in ("as it is", "narrow")]
+        self._plain, self._narrow = (
+            Collectives(topology, wire_dtype=wire)
+            for topology, wire in zip(self._topologies, ("", "bfloat16"), strict=True)
+        )
+
+    def free(self) -> None:
+        for topology in self._topologies:
+            topology.free()
+
+    def chosen(self, nbytes: int) -> str:
+        """Returns the name of the contender that `Communicator.allreduce` behaves like."""
+        return targets.BY.format(costs.choose(self._ranks.comm.topology, nbytes))
+
+    def calls(self, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> dict[str, Call]:
+        """Returns sums of x over all ranks, by name; x and out lie apart."""
+        found = {targets.BY.format(name): self._sum(self._plain, name, x, out) for name in costs.ALGORITHMS}
+        found[targets.NARROW] = self._sum(self._narrow, "direct", x, out)
+        return found
+
+    def exchange(self, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> Call:
+        """Returns a call in which two nodes send each other, over one rank each, what an allreduce must: all of x."""
+        topology = self._ranks.comm.topology
+        first = topology.placement.nodes.index(0), topology.placement.nodes.index(1)
+        if topology.rank not in first:
+            return lambda: None
+        peer = first[1 - first.index(topology.rank)]
+
+        def run() -> None:
+            sequence = topology.channel.sequence
+            requests = [
+                topology.start_receive(out.ctypes.data, out.nbytes, peer, 9),
+                topology.start_send(x.ctypes.data, x.nbytes, peer, 9),
+            ]
+            wait_all(topology, requests, "mpidl bench", sequence, (x, out))
+
+        return run
+
+    @staticmethod
+    def _sum(ranks: Collectives, name: str, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> Call:
+        views = arrays.view(x), arrays.view(out)
+
+        def run() -> None:
+            ranks.forced = name
+            sequence = ranks.topology.begin()
+            request = ranks.start_sum((sequence, 0), *views, 1)
+            ranks.topology.wait(request, "mpidl bench", sequence)
+
+        return run
+
+
+@contextmanager
+def between_nodes(ranks: Together) -> Iterator[BetweenNodes | None]:
+    """Yields None where all ranks share a node."""
+    made = BetweenNodes(ranks) if ranks.comm.nodes > 1 else None
+    yield made
+    if made is not None:
+        made.free()
