@@ -18,10 +18,11 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["kernels", "kernels_avx2", "kernels_avx512", "kernels_portable", "node", "packing", "table", "turns"]
+SOURCES = ["kernels", "kernels_avx2", "kernels_avx512", "kernels_portable"]
+SOURCES += ["helper", "node", "packing", "table", "turns"]
 # One set for all sources; those of an instruction set name it themselves.
 FLAGS = [
-    *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     "-ffp-contract=off",  # every processor gives the same bits
     *("-fno-trapping-math", "-fno-math-errno"),  # or conditionals are not vectorised
 ]

@@ -43,7 +43,8 @@ typedef struct {
  * With `segments` above 0 the input is no flat memory but a table as in mpidl.h, sorted by offset and without gaps, of
  * elements of `source_dtype` that are scaled and cast to `dtype` on the way; an address of 0 stands for zeros.
  */
-typedef struct {
+typedef struct mpidl_job mpidl_job;
+struct mpidl_job {
     int64_t words[2]; /* what all ranks must say alike */
     int32_t kind, op, dtype, root;
     int64_t count;
@@ -61,7 +62,10 @@ typedef struct {
     /* How far the call has come; zero at first. */
     int32_t phase, agreed, taken, differs;
     int64_t rounds, staged, produced, consumed;
-} mpidl_job;
+    /* A helper's. */
+    mpidl_job *next;
+    int32_t ended, result;
+};
 
 /* 0 where the arguments make no sense. */
 MPIDL_API int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes);
@@ -86,5 +90,20 @@ MPIDL_API void mpidl_node_give_up(mpidl_node *node);
 /* Begins a job anew, as call number `number` on other memory, and moves it on: one call for what is done many times. */
 MPIDL_API int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
                                 int64_t patience);
+
+/* A thread that moves one rank's calls on while the rank computes; no other call may be made on that node meanwhile.
+ * Returns NULL if there cannot be one. Calls and node outlive it.
+ */
+typedef struct mpidl_helper mpidl_helper;
+MPIDL_API mpidl_helper *mpidl_helper_start(mpidl_node *node);
+
+/* Puts a call behind those given before; it is the thread's until it has ended. */
+MPIDL_API void mpidl_helper_give(mpidl_helper *helper, mpidl_job *job);
+
+/* What has become of a call that was given, after at most `patience` nanoseconds: as mpidl_node_advance says it. */
+MPIDL_API int mpidl_helper_wait(mpidl_helper *helper, mpidl_job *job, int64_t patience);
+
+/* Ends the thread, within milliseconds, in whatever call it is. */
+MPIDL_API void mpidl_helper_stop(mpidl_helper *helper);
 
 #endif

@@ -42,7 +42,8 @@ ffi.cdef(
         int64_t spin;
         uint32_t calls, rounds;
     } mpidl_node;
-    typedef struct {
+    typedef struct mpidl_job mpidl_job;
+    struct mpidl_job {
         int64_t words[2];
         int32_t kind, op, dtype, root;
         int64_t count, total;
@@ -58,7 +59,9 @@ ffi.cdef(
         int64_t packing, reducing;
         int32_t phase, agreed, taken, differs;
         int64_t rounds, staged, produced, consumed;
-    } mpidl_job;
+        mpidl_job *next;
+        int32_t ended, result;
+    };
     int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes);
     int mpidl_reduce(const uintptr_t *sources, int32_t number, uintptr_t out, int64_t count, int dtype, int op,
                      double divisor);
@@ -67,6 +70,11 @@ ffi.cdef(
     void mpidl_node_give_up(mpidl_node *node);
     int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
                           int64_t patience);
+    typedef struct mpidl_helper mpidl_helper;
+    mpidl_helper *mpidl_helper_start(mpidl_node *node);
+    void mpidl_helper_give(mpidl_helper *helper, mpidl_job *job);
+    int mpidl_helper_wait(mpidl_helper *helper, mpidl_job *job, int64_t patience);
+    void mpidl_helper_stop(mpidl_helper *helper);
     """
 )
 

@@ -95,10 +95,33 @@ def advance(node: Any, one: Any, patience: int) -> int:
     global _advance
     if _advance is None:
         _advance = _native.library().mpidl_node_advance
-    progress: int = _advance(node, one, patience)
+    return _checked(_advance(node, one, patience), one)
+
+
+def _checked(progress: int, one: Any) -> int:
     if progress < 0:
         _native.fail(-progress, f"dtype {one.source_dtype}", f"dtype {one.dtype}", one.scale)
     return progress
+
+
+def start_helper(node: Any) -> Any:
+    """A thread that moves jobs on, which takes no GIL; None if there cannot be one. Stop it before `node` goes."""
+    return _native.library().mpidl_helper_start(node) or None
+
+
+def give(helper: Any, one: Any) -> None:
+    """Hands a job to the helper, whose it is until `wait` has said that it ended."""
+    _native.library().mpidl_helper_give(helper, one)
+
+
+def wait(helper: Any, one: Any, patience: int) -> int:
+    """Says what has become of a job, after at most `patience` nanoseconds; otherwise as `advance`."""
+    return _checked(_native.library().mpidl_helper_wait(helper, one, patience), one)
+
+
+def stop_helper(helper: Any) -> None:
+    """Ends the thread, within milliseconds, in whatever job it is."""
+    _native.library().mpidl_helper_stop(helper)
 
 
 def buffers(source: Any, target: Any) -> tuple[Any, Any]:

@@ -44,3 +44,15 @@ def pretended_node_size() -> int:
     if not text.isdigit() or int(text) < 1:
         raise ArgumentError(f"MPIDL_NODE_SIZE={text!r}: expected a positive number of ranks per node")
     return int(text)
+
+
+def helper_wish() -> bool | None:
+    """What MPIDL_HELPER says: whether a thread moves gradients on beside backward; None: what suits the cores.
+
+    Raises:
+        ArgumentError: it makes no sense.
+    """
+    text = os.environ.get("MPIDL_HELPER", "")
+    if text not in ("", "0", "1"):
+        raise ArgumentError(f"MPIDL_HELPER={text!r}: expected 0 (no helper thread) or 1")
+    return None if not text else text == "1"

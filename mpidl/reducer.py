@@ -287,7 +287,8 @@ class Reducer:
                 return
 
     def close(self) -> None:
-        """Takes the hooks off the parameters."""
+        """Takes the hooks off the parameters; no reduction is under way any more."""
+        self._collectives.end_helper()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -18,6 +18,7 @@ from mpidl.collectives import Collectives
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError
 from mpidl.optimizer import DistributedOptimizer
+from mpidl.placement import helper_wish
 from mpidl.reducer import Reducer
 from mpidl.statistics import Statistics
 
@@ -63,10 +64,14 @@ class Synchronous(DistributedOptimizer):
             error = ArgumentError(f"bucket_cap_mb={bucket_cap_mb!r}; expected a number of MiB above 0")
         if self._wire_dtype not in ("", "bfloat16"):
             error = ArgumentError(f"wire_dtype={wire_dtype!r}; expected None or torch.bfloat16")
+        try:
+            helper_wish()
+        except ArgumentError as found:
+            error = found
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
         nbytes = max(1, int(bucket_cap_mb * 2**20))
-        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype)
+        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, helper=self._ranks.spares_cores())
         self._reducer = Reducer(collectives, self._held, nbytes, self.statistics)
         self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
 

@@ -14,7 +14,7 @@ from mpidl import datatypes, notices, runtime
 from mpidl.arrays import ArrayView
 from mpidl.errors import ArgumentError, DtypeError
 from mpidl.notices import Channel, Limits
-from mpidl.placement import Link, Placement, pretended_node_size
+from mpidl.placement import Link, Placement, helper_wish, pretended_node_size
 from mpidl.processes import Process, start_time
 from mpidl.waiting import Watch, poll
 
@@ -91,6 +91,11 @@ class Topology:
         """Returns how many ranks of this node, this one included, may run on this rank's cores."""
         mine = self.placement.cores[self.rank]
         return sum(1 for rank in self.node_ranks() if self.placement.cores[rank] & mine)
+
+    def spares_cores(self) -> bool:
+        """Whether a helper thread would not take the core of a rank, or MPIDL_HELPER says that there is to be one."""
+        wish = helper_wish()
+        return self.ranks_on_my_cores() < len(self.placement.cores[self.rank]) if wish is None else wish
 
     def free(self) -> None:
         """Gives both communicators back; a collective, harmless the second time.

@@ -14,6 +14,7 @@ enum { CALLS = 200, MOST = 3000, MAX = 8 };
 
 typedef struct {
     mpidl_node node;
+    mpidl_helper *helper; /* or NULL: the rank's own thread does everything */
     int mistakes, differing;
 } rank_state;
 
@@ -29,11 +30,16 @@ static float value(int rank, int call, int64_t i) {
     return (float)((rank + 1) * (int)(mixed((unsigned)(call * 7919 + i)) % 100));
 }
 
-static int run(mpidl_node *node, mpidl_job *job) {
+static int run(rank_state *state, mpidl_job *job) {
     int progress;
+    mpidl_node *node = &state->node;
     int64_t patience = mixed((unsigned)(node->rank + job->words[0])) % 2 ? 1000000 : 0;
+    if (state->helper) {
+        mpidl_helper_give(state->helper, job);
+    }
     do {
-        progress = mpidl_node_advance(node, job, patience);
+        progress =
+            state->helper ? mpidl_helper_wait(state->helper, job, patience) : mpidl_node_advance(node, job, patience);
         if (!patience) {
             sched_yield();
         }
@@ -96,7 +102,7 @@ static void *rank_main(void *argument) {
         if (call % 50 == 49 && node->rank == 1) {
             job.words[1]++; /* one rank makes another call: all must learn of it, and be able to go on */
         }
-        int progress = run(node, &job);
+        int progress = run(state, &job);
         if (call % 50 == 49 && node->ranks > 1) {
             state->differing += progress == MPIDL_DIFFERS;
             continue;
@@ -113,7 +119,8 @@ static void *rank_main(void *argument) {
     return NULL;
 }
 
-static int check(int ranks, int64_t small, int64_t piece) {
+/* `helpers`: of every two ranks one, or both, or none has one. */
+static int check(int ranks, int64_t small, int64_t piece, int helpers) {
     size_t nbytes = (size_t)mpidl_segment_nbytes(ranks, small, piece);
     void *memory = aligned_alloc(4096, (nbytes + 4095) / 4096 * 4096);
     memset(memory, 0, nbytes);
@@ -135,16 +142,21 @@ static int check(int ranks, int64_t small, int64_t piece) {
         counters[1] = counters[2] = counters[3] = UINT32_MAX - 100;
     }
     for (int rank = 0; rank < ranks; rank++) {
+        states[rank].helper = rank % 2 < helpers ? mpidl_helper_start(&states[rank].node) : NULL;
         pthread_create(&threads[rank], NULL, rank_main, &states[rank]);
     }
     int wrong = 0;
     for (int rank = 0; rank < ranks; rank++) {
         pthread_join(threads[rank], NULL);
+        if (states[rank].helper) {
+            mpidl_helper_stop(states[rank].helper);
+        }
         wrong += states[rank].mistakes + (ranks > 1 && states[rank].differing != CALLS / 50);
     }
     free(memory);
     if (wrong) {
-        printf("%d ranks, small %ld, piece %ld: %d mistakes\n", ranks, (long)small, (long)piece, wrong);
+        printf("%d ranks, small %ld, piece %ld, helpers %d: %d mistakes\n", ranks, (long)small, (long)piece, helpers,
+               wrong);
     }
     return wrong;
 }
@@ -152,7 +164,7 @@ static int check(int ranks, int64_t small, int64_t piece) {
 int main(void) {
     int wrong = 0;
     for (int ranks = 1; ranks <= 5; ranks++) {
-        wrong += check(ranks, 64, 64) + check(ranks, 4096, 512) + check(ranks, 0, 1024);
+        wrong += check(ranks, 64, 64, 0) + check(ranks, 4096, 512, 1) + check(ranks, 0, 1024, 2);
     }
     printf("collectives of threads: %s\n", wrong ? "WRONG" : "right");
     return wrong != 0;

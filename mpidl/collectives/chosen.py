@@ -39,6 +39,7 @@ class Collectives:
         directly: whether arrays on a device may be given, for MPI to work on them itself. If some rank asks for that
             (`cuda_aware`), no memory is shared: all ranks must choose alike, wherever their arrays are.
         wire_dtype: in which float32 gradients travel between nodes, where lanes carry them; "" for as they are.
+        helper: a thread of this rank moves what happens in shared memory on; ranks may differ in it.
 
     Attributes:
         node: what carries out calls if all ranks share memory.
@@ -47,27 +48,36 @@ class Collectives:
             the one that is expected to be fastest.
     """
 
-    def __init__(self, topology: Topology, *, directly: bool = False, wire_dtype: str = "") -> None:
+    def __init__(
+        self, topology: Topology, *, directly: bool = False, wire_dtype: str = "", helper: bool = False
+    ) -> None:
         self.topology = topology
         self.node: Node | None = None
         self.lanes: Lanes | None = None
+        self.quick: Quick | None = None
         self.forced, self._wire_dtype = "", wire_dtype
         if shared_memory.possible(topology) and _all_want_it(topology, directly):
-            self._share()
-        self.quick: Quick | None = None if self.node is None else Quick(topology, self.node)
+            self._share(helper)
 
-    def _share(self) -> None:
+    def _share(self, helper: bool) -> None:
         topology = self.topology
         segment = shared_memory.make_segment(topology)
         if segment is None:
             return
-        node = Node(segment)
+        node = Node(segment, helper=helper)
         topology.channel.when_given_up = node.give_up
         if len(set(topology.placement.nodes)) == 1:
             self.node = node
+            self.quick = None if helper else Quick(topology, node)
         else:
             self.lanes = Lanes(topology, node)
             costs.link_of(topology)  # now, since it is a collective
+
+    def end_helper(self) -> None:
+        """Ends the helper, if there is one, when no call is under way."""
+        node = self.node if self.lanes is None else self.lanes.node
+        if node is not None:
+            node.end_helper()
 
     def takes(self, dtype: str, op: str) -> bool:
         """Whether `dtype` is reduced by `op` as it stands, in place too; otherwise give its accumulator, apart."""

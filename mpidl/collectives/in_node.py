@@ -5,6 +5,8 @@ Here are the calls in their order, one under way at a time; which calls come her
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -56,12 +58,31 @@ class Job:
 
 
 class Node:
-    """The calls of one segment, in the order in which they were started."""
+    """The calls of one segment, in the order in which they were started.
 
-    def __init__(self, segment: Segment) -> None:
+    Args:
+        segment: alike on all ranks.
+        helper: a thread moves calls on, so that this rank's own may compute meanwhile; any rank may have one.
+    """
+
+    def __init__(self, segment: Segment, *, helper: bool = False) -> None:
         self._segment = segment
         self.end = segment.end
         self._queue: deque[Job] = deque()
+        self._helper = _node.start_helper(self.end) if helper else None
+        if self._helper is not None:  # it is stopped while the memory that it works on is still there
+            self._stop_helper = weakref.finalize(self, _stop, self._helper, os.getpid())
+
+    @property
+    def helped(self) -> bool:
+        """Whether a thread moves calls on."""
+        return self._helper is not None
+
+    def end_helper(self) -> None:
+        """Ends the thread, when no call is under way."""
+        if self._helper is not None:
+            self._helper = None
+            self._stop_helper()
 
     @property
     def busy(self) -> bool:
@@ -143,15 +164,20 @@ class Node:
     def _start(self, struct: Any, kept: Any) -> Job:
         job = Job(self, struct, kept)
         self._queue.append(job)
+        if self._helper is not None:
+            _node.give(self._helper, struct)
         self.move(job, 0)  # the others need not wait until somebody asks for it
         return job
 
     def move(self, job: Job, patience: int) -> bool:
         """Moves calls on in their order until `job` is done; returns whether it is."""
-        queue, end = self._queue, self.end
+        queue, end, helper = self._queue, self.end, self._helper
         while queue:
             front = queue[0]
-            progress = _node.advance(end, front.struct, patience)
+            if helper is None:
+                progress = _node.advance(end, front.struct, patience)
+            else:
+                progress = _node.wait(helper, front.struct, patience)
             if progress == _node.WAITING:
                 return False
             queue.popleft()
@@ -159,3 +185,8 @@ class Node:
             if front is job:
                 return True
         return job.done
+
+
+def _stop(helper: Any, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child has no such thread
+        _node.stop_helper(helper)
