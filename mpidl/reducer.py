@@ -10,7 +10,7 @@ checkpointing, a parameter reached twice) can simply be sent again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from mpidl import leaving
-from mpidl.bucket_memory import bucket_memory
+from mpidl.bucket_memory import BucketMemory, bucket_memory, cut_into_buckets
 from mpidl.collectives import Collectives
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
-from mpidl.layout import Tensor, buckets
-from mpidl.state import Named, dtype_name
+from mpidl.state import Named
 from mpidl.statistics import Statistics
-from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader
+from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader, Watcher
 
 
 @dataclass
@@ -53,21 +52,29 @@ class Reducer:
         ranks: the collectives of a topology of the optimiser's own.
         named: parameters to reduce, with their names, in an order equal on all ranks.
         bucket_nbytes: size of a bucket in bytes.
-        statistics: where to count.
+        memories: of the buckets, and
+        watcher: of each step, if the weights are shared.
     """
 
-    def __init__(self, ranks: Collectives, named: Named, bucket_nbytes: int, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        ranks: Collectives,
+        named: Named,
+        bucket_nbytes: int,
+        statistics: Statistics,
+        memories: Sequence[BucketMemory] = (),
+        watcher: Watcher | None = None,
+    ) -> None:
         self._collectives, self._ranks = ranks, ranks.topology
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
-        tensors = [Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named]
-        cut = buckets(tensors, bucket_nbytes)
-        self._memories = [bucket_memory(bucket, self._parameters) for bucket in cut]
+        cut = cut_into_buckets(named, bucket_nbytes)
+        self._memories = list(memories) or [bucket_memory(bucket, self._parameters) for bucket in cut]
         self._home = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
         layout_hash = 0
         for bucket in cut:
             layout_hash = (layout_hash * 31 + bucket.layout.fingerprint()) % 2**62
-        self._header = StepHeader(ranks, layout_hash)
+        self._header = StepHeader(ranks, layout_hash, watcher)
         self._statistics = statistics
         self._round: _Round | None = None
         self._unsynced: set[int] = set()
@@ -198,28 +205,30 @@ class Reducer:
         now.launched = len(self._memories)
         for memory in self._memories:
             memory.wait(self._collectives)
-        used_anywhere = self._trailer(now, used if now.weight else set())
-        if self._ranks.rank in header.stepping:
-            self._write_back(used_anywhere)
+        used_anywhere, carried = self._trailer(now, used if now.weight else set())
+        stepping = self._ranks.rank in header.stepping
+        for memory in self._memories:
+            memory.write_back(used_anywhere, carried, stepping=stepping)
         self._statistics.rounds += 1
         if len(header.stepping) < self._ranks.size:
             self.uneven = header.stepping[0]
         self._round = None
         return header
 
-    def _trailer(self, now: _Round, used: set[int]) -> np.ndarray[Any, Any]:
-        """Agrees on used parameters, late buckets and non-finite gradients; does the late buckets again."""
-        count = len(self._parameters)
-        flags = np.zeros(count + len(self._memories) + 1, np.uint8)
+    def _trailer(self, now: _Round, used: set[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Agrees on used and carried parameters, late buckets and non-finite gradients; does late buckets again."""
+        count, late_from = len(self._parameters), 2 * len(self._parameters)
+        flags = np.zeros(late_from + len(self._memories) + 1, np.uint8)
         flags[list(used)] = 1
-        flags[[count + number for number in now.late]] = 1
+        flags[count:late_from] = [self._memories[self._home[index]].carried(index) for index in range(count)]
+        flags[[late_from + number for number in now.late]] = 1
         flags[-1] = not all(memory.finite for memory in self._memories[now.dropped :])
         agreed = np.empty_like(np.packbits(flags))
         sequence = self._ranks.begin()
         mine = np.packbits(flags)
         self._ranks.wait(self._collectives.start_words_or(mine, agreed), "the end of a synchronised step", sequence)
         flags = np.unpackbits(agreed, count=flags.size)
-        again = [number for number in range(len(self._memories)) if flags[count + number]]
+        again = [number for number in range(len(self._memories)) if flags[late_from + number]]
         for number in again:
             for index in self._memories[number].bucket.members:
                 self._pack(now, index)
@@ -228,18 +237,7 @@ class Reducer:
         for number in again:
             self._memories[number].wait(self._collectives)
         self._statistics.nonfinite_rounds += int(flags[-1])
-        return flags[:count]
-
-    def _write_back(self, used: np.ndarray[Any, Any]) -> None:
-        for memory in self._memories:
-            gradients = {}
-            for index in memory.bucket.members:
-                parameter = self._parameters[index]
-                if used[index]:  # by somebody; otherwise its gradient, mostly None, stays what it was
-                    if parameter.grad is None:
-                        parameter.grad = torch.empty_like(parameter, requires_grad=False)
-                    gradients[index] = parameter.grad
-            memory.unpack(gradients)
+        return flags[:count], flags[count:late_from]
 
     # For the optimiser above.
 
@@ -275,12 +273,28 @@ class Reducer:
         """Returns the parameters with a gradient from `no_sync`; `zero_grad` may have thrown some away since."""
         return {index for index in self._unsynced if self._parameters[index].grad is not None}
 
-    def join(self) -> None:
-        """Answers the others' rounds without samples of its own until every rank has come here."""
+    def join(self, answer: Callable[[Header], None] | None = None) -> None:
+        """Answers the others' rounds without samples of its own until every rank has come here.
+
+        Args:
+            answer: does this rank's part of what the others do outside backward.
+        """
         while True:
             self.samples = None
-            if not self._complete(self._begin(FINISHED), set()).stepping:
+            header = self._complete(self._begin(FINISHED), set())
+            if header.doing == FINISHED:
                 return
+            if header.doing != STEPPING and answer is not None:
+                answer(header)
+
+    def announce(self, doing: int, trouble: int = 0) -> Header:
+        """Returns when all ranks have come to do this, or are in `finish()`; a collective outside backward."""
+        self._sequence += 1
+        state = FAILED if leaving.thread_failure() is not None else doing
+        header = self._header.start(state, self.samples, self._statistics.steps, self.wish_to_stop, trouble)(True)
+        assert header is not None
+        self.stopping = self.stopping or header.stopping
+        return header
 
     def close(self) -> None:
         """Takes the hooks off the parameters."""

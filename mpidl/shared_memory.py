@@ -68,7 +68,21 @@ def make_segment(ranks: Topology, *, small: int = _SMALL, piece: int | None = No
         SharedMemoryError: there is not enough of it; alike on all ranks.
     """
     piece = piece or min(max(_ROUND // ranks.size // 64 * 64, _PIECE[0]), _PIECE[1])
-    nbytes = _node.segment_nbytes(ranks.size, small, piece)
+    memory = make_memory(ranks, _node.segment_nbytes(ranks.size, small, piece))
+    return None if memory is None else Segment(ranks, memory, small, piece)
+
+
+def make_memory(ranks: Topology, nbytes: int) -> mmap.mmap | None:
+    """Maps memory that all of `ranks`, which are on one node, share; zeros at first; a collective.
+
+    It needs no giving back: it is there for as long as somebody holds it, or what exports its buffer.
+
+    Args:
+        ranks: alike in `nbytes`.
+        nbytes: above 0.
+
+    Returns, Raises: as `make_segment`.
+    """
     path = FOLDER / f"mpidl-{os.getpid()}-{secrets.token_hex(8)}"
     path = Path(ranks.gather_bytes(str(path).encode(), "making shared memory")[0].decode())
     memory, problem = None, ""
@@ -90,7 +104,7 @@ def make_segment(ranks: Topology, *, small: int = _SMALL, piece: int | None = No
     if found:
         raise SharedMemoryError(found)
     assert memory is not None
-    return Segment(ranks, memory, small, piece)
+    return memory
 
 
 def possible(ranks: Topology) -> bool:
