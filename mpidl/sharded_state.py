@@ -1,4 +1,4 @@
-"""The optimiser's state under `shard=True`: which optimisers can be sharded, how state is cut to pieces and put together.
+"""The optimiser's state under `shard=True`: which optimisers can be sharded, how state is cut and put together.
 
 `state_dict()` keeps torch's form with this rank's pieces in it, and says under "shard" whose they are. A full one is
 what the unsharded optimiser would have.
@@ -102,12 +102,13 @@ def cut(weights: Weights, states: States) -> States:
     """
     pieces: States = {}
     for index, entries in states.items():
-        piece, numel = weights.pieces[index], weights.parameters[index].numel()
-        if not piece.owned and numel:
+        piece, parameter = weights.pieces[index], weights.parameters[index]
+        for key, value in entries.items():
+            _refuse_shape(weights.names[index], parameter, key, value)
+        if not piece.owned and parameter.numel():
             continue
         pieces[index] = {}
         for key, value in entries.items():
-            _refuse_shape(weights.names[index], weights.parameters[index], key, value)
             if isinstance(value, torch.Tensor) and key not in _SCALARS:
                 value = weights.in_memory_order(index, value)[piece.start : piece.stop]  # noqa: PLW2901
             pieces[index][key] = value.clone() if isinstance(value, torch.Tensor) else value

@@ -55,7 +55,7 @@ class Sharded:
         try:
             cut = cut_into_buckets(trained, bucket_nbytes)
             buckets = tuple(share_out(bucket, collectives.topology.size) for bucket in cut)
-            self.weights = Weights(self._shards, trained, buckets)
+            self.weights = Weights(self._shards, model, trained, buckets)
         except Exception:
             self._shards.free()
             raise

@@ -36,7 +36,7 @@ class Header:
 class Watcher(Protocol):
     """Looks at what must hold at every step."""
 
-    def trouble(self) -> int:
+    def trouble(self, *, finishing: bool) -> int:
         """Returns 0, or a number that says what is wrong on this rank."""
 
     def explain(self, trouble: int) -> Exception:
@@ -67,7 +67,7 @@ class StepHeader:
         """
         weight, kind = (1, _EQUAL) if samples is None else (samples, _GIVEN)
         if self._watcher is not None and not trouble:
-            trouble = self._watcher.trouble()
+            trouble = self._watcher.trouble(finishing=state == FINISHED)
         words = np.array([self._layout, state, weight, kind, steps, stopping, trouble], np.int64)
         everyone = np.empty((self._ranks.size, words.size), np.int64)
         sequence = self._ranks.begin()

@@ -58,11 +58,12 @@ class Weights:
 
     Args:
         shards: who owns what.
+        model: whose parameters they are.
         named: the trained parameters; alike on all ranks, in their values too.
         buckets: how they lie, by index in `named`.
     """
 
-    def __init__(self, shards: Shards, named: Named, buckets: tuple[Blocks, ...]) -> None:
+    def __init__(self, shards: Shards, model: torch.nn.Module, named: Named, buckets: tuple[Blocks, ...]) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.orders = [memory_order(p) for p in self.parameters]
@@ -79,6 +80,13 @@ class Weights:
             parameter.data = views[index]
         self._expected = [_seen(parameter) for parameter in self.parameters]
         self._versions = [parameter._version for parameter in self.parameters]
+        trained = {id(parameter): index for index, parameter in enumerate(self.parameters)}
+        self._homes = [
+            (module._parameters, name, parameter, trained[id(parameter)])
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in trained
+        ]
 
     @property
     def _places(self) -> list[tuple[int, int]]:
@@ -134,13 +142,21 @@ class Weights:
         """Whether this rank is the one that writes for all that share this copy."""
         return self._shards.writes
 
-    def trouble(self) -> int:
-        """Returns 0, or a number that says what is wrong with which parameter; `explain` knows it on every rank."""
+    def trouble(self, *, finishing: bool = False) -> int:
+        """Returns 0, or a number that says what is wrong with which parameter; `explain` knows it on every rank.
+
+        Args:
+            finishing: a parameter may have left.
+        """
         for index, parameter in enumerate(self.parameters):
             if _seen(parameter) != self._expected[index]:
-                return 1 + 3 * index + _LEFT
-            if parameter._version != self._versions[index]:
+                if not finishing:
+                    return 1 + 3 * index + _LEFT
+            elif parameter._version != self._versions[index]:
                 return 1 + 3 * index + _WRITTEN
+        for home, name, parameter, index in () if finishing else self._homes:
+            if home.get(name) is not parameter:
+                return 1 + 3 * index + _LEFT
         return 0
 
     @staticmethod

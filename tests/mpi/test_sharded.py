@@ -1,13 +1,12 @@
-"""`mpidl.Synchronous(shard=True)` takes the step of the unsharded optimiser, bit for bit where additions are in one
-order."""
+"""`mpidl.Synchronous(shard=True)` takes the unsharded optimiser's step, bit for bit where additions are in one order."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from training_helpers import FEATURES, assert_alike, loss_of
+from copies import copied
+from sharded_helpers import Net, same, same_state, train
+from training_helpers import assert_alike, assert_close
 
 import mpidl
 
@@ -28,80 +27,104 @@ OPTIMIZERS = {
     "asgd": lambda p, **o: torch.optim.ASGD(p, t0=3, **o),
     "rprop": lambda p, **o: torch.optim.Rprop(p, **o),
 }
-FUSED = ("sgd", "momentum", "nesterov", "adam", "adamw", "adagrad")
-
-
-class Net(torch.nn.Module):
-    """Several groups, a parameter that is used every other step, one that never is, and sizes that no block fits."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = torch.nn.Linear(FEATURES, 37, dtype=dtype)
-        self.other = torch.nn.Linear(FEATURES, 37, dtype=dtype)
-        self.second = torch.nn.Linear(37, 29, dtype=dtype)
-        self.last = torch.nn.Linear(29, 1, dtype=dtype)
-        self.nobody = torch.nn.Linear(4, 4, dtype=dtype)
-        self.frozen = torch.nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=False)
-
-    def groups(self):
-        late = [*self.last.parameters(), *self.nobody.parameters(), self.frozen]
-        early = [p for layer in (self.first, self.other, self.second) for p in layer.parameters()]
-        return [{"params": early}, {"params": late, "lr": 0.003}]
-
-    def forward(self, x, other=False):
-        hidden = self.other(x) if other else self.first(x)
-        return self.last(torch.tanh(self.second(torch.relu(hidden))))
-
-
-def data(rank, step, dtype):
-    generator = torch.Generator().manual_seed(1000 * rank + step)
-    x = torch.randn(5, FEATURES, generator=generator, dtype=torch.float64)
-    return x.to(dtype), torch.sin(x.sum(1, keepdim=True)).to(dtype)
-
-
-def train(comm, make, *, shard, steps, dtype=torch.float32, begin=0, model=None, load=None, **options):
-    model = model or Net(dtype)
-    optimizer = mpidl.Synchronous(make(model.groups()), model, comm=comm, shard=shard, **options)
-    if load is not None:
-        optimizer.load_state_dict(load)
-    for step in range(begin, begin + steps):
-        optimizer.zero_grad()
-        x, y = data(comm.rank, step, dtype)
-        uses_other = (step + comm.rank) % 4 == 1
-        loss = ((model(x, uses_other) - y) ** 2).mean()
-        loss.backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def same(found, expected):
-    for (name, p), q in zip(found.named_parameters(), expected.named_parameters(), strict=True):
-        assert torch.equal(p, q[1]), name
-
-
-def same_state(found, expected):
-    assert found["param_groups"] == expected["param_groups"]
-    assert list(found["state"]) == sorted(expected["state"])
-    for index, entries in expected["state"].items():
-        assert set(found["state"][index]) == set(entries)
-        for key, value in entries.items():
-            ours = found["state"][index][key]
-            if isinstance(value, torch.Tensor):
-                assert ours.dtype == value.dtype and ours.stride() == value.stride(), (index, key)
-                assert torch.equal(ours, value), (index, key)
-            else:
-                assert ours == value, (index, key)
+FIFTY = ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fifty_steps_are_bit_for_bit_the_unsharded_ones(comm, name):
+def test_steps_are_bit_for_bit_the_unsharded_ones(comm, name):
+    steps = 50 if name in FIFTY else 8
     dtype = torch.float64 if name in ("momentum", "adamw") else torch.float32
-    expected, plain = train(comm, OPTIMIZERS[name], shard=False, steps=50, dtype=dtype)
-    model, optimizer = train(comm, OPTIMIZERS[name], shard=True, steps=50, dtype=dtype)
+    expected, plain = train(comm, OPTIMIZERS[name], shard=False, steps=steps, dtype=dtype)
+    model, optimizer = train(comm, OPTIMIZERS[name], shard=True, steps=steps, dtype=dtype)
     same(model, expected)
     assert_alike(comm, model)
     same_state(optimizer.full_state_dict(), plain.state_dict())
     plain.finish()
     optimizer.finish()
     same(model, expected)
+
+
+@pytest.mark.parametrize("how", ["foreach", "fused"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw", "adagrad"])
+def test_foreach_and_fused(comm, name, how):
+    def make(p):
+        return OPTIMIZERS[name](p, **{how: True})
+
+    expected, plain = train(comm, make, shard=False, steps=6, bucket_cap_mb=2e-3)
+    model, optimizer = train(comm, make, shard=True, steps=6, bucket_cap_mb=2e-3)
+    same(model, expected)
+    same_state(optimizer.full_state_dict(), plain.state_dict())
+    plain.finish()
+    optimizer.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_half_types(comm, name, dtype):
+    expected, plain = train(comm, OPTIMIZERS[name], shard=False, steps=6, dtype=dtype)
+    model, optimizer = train(comm, OPTIMIZERS[name], shard=True, steps=6, dtype=dtype)
+    same(model, expected)
+    plain.finish()
+    optimizer.finish()
+
+
+@pytest.mark.parametrize("variable, value", [("MPIDL_NODE_SIZE", 1), ("MPIDL_NODE_SIZE", 2), ("MPIDL_NODE_SIZE", 3)])
+def test_across_nodes(comm, monkeypatch, variable, value):
+    """Additions may be in another order there. 4 ranks on nodes of 3: groups of one rank each."""
+    with copied(comm, monkeypatch, variable, value) as ranks:
+        for name in ("momentum", "adam"):
+            steps = 50 if value == 2 else 10
+            expected, plain = train(comm, OPTIMIZERS[name], shard=False, steps=steps, dtype=torch.float64)
+            model, optimizer = train(ranks, OPTIMIZERS[name], shard=True, steps=steps, dtype=torch.float64)
+            assert_close(model, expected, 1e-9)
+            assert_alike(comm, model)
+            groups = {"params": 0, **optimizer.full_state_dict()}["param_groups"]
+            assert groups == plain.state_dict()["param_groups"]
+            plain.finish()
+            optimizer.finish()
+
+
+def whole_steps(comm, make, *, shard):
+    """Gradients that are whole numbers, so that their sum does not depend on the order."""
+    model = Net()
+    optimizer = mpidl.Synchronous(make(model.groups()), model, comm=comm, shard=shard, bucket_cap_mb=3e-3)
+    for step in range(50):
+        optimizer.zero_grad()
+        used = [p for i, p in enumerate(model.parameters()) if p.requires_grad and (i + comm.rank) % 3 != step % 3]
+        sum((p * (comm.rank + step % 5 - 2)).sum() for p in used).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", FIFTY)
+def test_across_nodes_bit_for_bit_where_the_order_does_not_matter(comm, monkeypatch, name):
+    expected, plain = whole_steps(comm, OPTIMIZERS[name], shard=False)
+    for value in (1, 2):
+        with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", value) as ranks:
+            model, optimizer = whole_steps(ranks, OPTIMIZERS[name], shard=True)
+            same(model, expected)
+            same_state(optimizer.full_state_dict(), plain.state_dict())
+            optimizer.finish()
+    plain.finish()
+
+
+def test_without_shared_memory_every_rank_has_weights_of_its_own(comm, monkeypatch):
+    expected, plain = whole_steps(comm, OPTIMIZERS["adam"], shard=False)
+    with copied(comm, monkeypatch, "MPIDL_SHARED_MEMORY", 0) as ranks:
+        model, optimizer = whole_steps(ranks, OPTIMIZERS["adam"], shard=True)
+        same(model, expected)
+        optimizer.finish()
+    plain.finish()
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_each_rank_owns_its_share_of_the_state(comm, monkeypatch, size):
+    with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", size or "") as ranks:
+        model = torch.nn.Linear(300, 200)
+        optimizer = mpidl.Synchronous(torch.optim.Adam(model.parameters()), model, comm=ranks, shard=True)
+        model(torch.ones(1, 300)).sum().backward()
+        optimizer.step()
+        owned = sum(entry["exp_avg"].numel() for entry in optimizer.state.values())
+        assert owned <= 60200 / comm.size + 64 * comm.size
+        assert comm.allreduce(torch.tensor([float(owned)])).item() == 60200
+        optimizer.finish()
