@@ -37,7 +37,7 @@ def data(rank, step, dtype):
     return x.to(dtype), torch.sin(x.sum(1, keepdim=True)).to(dtype)
 
 
-def train(comm, make, *, shard, steps, dtype=torch.float32, begin=0, model=None, load=None, **options):
+def train(comm, make, *, shard, steps, dtype=torch.float32, begin=0, model=None, load=None, alternate=True, **options):
     model = model or Net(dtype)
     optimizer = mpidl.Synchronous(make(model.groups()), model, comm=comm, shard=shard, **options)
     if load is not None:
@@ -45,7 +45,7 @@ def train(comm, make, *, shard, steps, dtype=torch.float32, begin=0, model=None,
     for step in range(begin, begin + steps):
         optimizer.zero_grad()
         x, y = data(comm.rank, step, dtype)
-        uses_other = (step + comm.rank) % 4 == 1
+        uses_other = alternate and (step + comm.rank) % 4 == 1
         loss = ((model(x, uses_other) - y) ** 2).mean()
         loss.backward()
         optimizer.step()
