@@ -62,6 +62,7 @@ class Reducer:
         named: Named,
         bucket_nbytes: int,
         statistics: Statistics,
+        *,
         memories: Sequence[BucketMemory] = (),
         watcher: Watcher | None = None,
     ) -> None:

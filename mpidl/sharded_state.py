@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
-import numpy as np
 import torch
 
+from mpidl.blocks import Blocks
 from mpidl.collectives import Shards
 from mpidl.errors import ArgumentError, DtypeError
 from mpidl.state import Named, dtype_name
@@ -42,6 +42,26 @@ _NOT = {
 }
 
 States = dict[int, dict[str, Any]]  # by index of a trained parameter
+
+_shared_out: WeakSet[torch.optim.Optimizer] = WeakSet()
+
+
+def note_shared_out(optimizer: torch.optim.Optimizer) -> None:
+    """Notes that an optimiser's state is in pieces from now on."""
+    _shared_out.add(optimizer)
+
+
+def refuse_shared_out(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimiser whose state is in pieces.
+
+    Raises:
+        ArgumentError: it is.
+    """
+    if optimizer in _shared_out:
+        raise ArgumentError(
+            f"this {type(optimizer).__name__} was given to mpidl.Synchronous(shard=True), and holds pieces of its "
+            "state: make a new one, and load the full_state_dict() of before finish()"
+        )
 
 
 def refuse(optimizer: torch.optim.Optimizer, trained: Named) -> None:
@@ -120,49 +140,40 @@ def put_together(shards: Shards, weights: Weights, states: States) -> States:
     kinds = {i: {k: _kind(v) for k, v in entries.items()} for i, entries in states.items()}
     texts = shards.ranks.gather_bytes(json.dumps(kinds).encode(), "full_state_dict")
     everyone = [{int(i): entries for i, entries in json.loads(text).items()} for text in texts]
-    whole: States = {}
-    for index in range(len(weights.parameters)):
-        owners = [rank for rank, found in enumerate(everyone) if found.get(index)]
-        if owners:
-            entries = everyone[owners[0]][index]
-            whole[index] = {key: value for key, (dtype, value) in entries.items() if dtype is None}
-            for key, (dtype, value) in entries.items():
-                if dtype is not None and value is not None:
-                    whole[index][key] = torch.tensor(value, dtype=getattr(torch, dtype))
+    found: dict[int, dict[str, list[Any]]] = {
+        i: next((each[i] for each in everyone if each.get(i)), {}) for i in range(len(weights.parameters))
+    }
+    whole: dict[tuple[int, str], torch.Tensor] = {}
     for blocks in weights.buckets:
-        keys = {
-            (key, dtype)
-            for found in everyone
-            for index in blocks.slots
-            for key, (dtype, value) in found.get(index, {}).items()
-            if dtype is not None and value is None
-        }
-        for key, dtype in sorted(keys):
-            item = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-            mine = np.zeros(blocks.size * item, np.uint8)
-            _fill(mine, blocks, shards, weights, states, key, item)
-            flat = torch.from_numpy(shards.gather_blocks(mine, "full_state_dict")).view(getattr(torch, dtype))
+        tensors = {(key, d) for i in blocks.slots for key, (d, value) in found[i].items() if d and value is None}
+        for key, dtype in sorted(tensors):
+            mine = {i: states[i][key] for i in blocks.slots if key in states.get(i, {})}
+            flat = _gathered(shards, weights, blocks, mine, getattr(torch, dtype))
             for index, slot in blocks.slots.items():
-                if any([dtype, None] == found.get(index, {}).get(key) for found in everyone):
-                    own = flat[slot.offset : slot.offset + slot.count].clone()
-                    whole[index][key] = weights.in_shape(index, own)
-    return {i: {key: whole[i][key] for key in _order(i, everyone)} for i in whole}
+                if found[index].get(key) == [dtype, None]:
+                    whole[index, key] = weights.in_shape(index, flat[slot.offset : slot.offset + slot.count].clone())
+    return {
+        index: {key: whole.get((index, key), _number(*kind)) for key, kind in entries.items()}
+        for index, entries in found.items()
+        if entries
+    }
 
 
-def _fill(
-    mine: np.ndarray[Any, Any], blocks: Any, shards: Shards, weights: Weights, states: States, key: str, item: int
-) -> None:
-    begin = shards.block * blocks.size
-    for index, slot in blocks.slots.items():
-        value, piece = states.get(index, {}).get(key), weights.pieces[index]
-        if isinstance(value, torch.Tensor) and piece.owned:
-            at = (slot.offset + piece.start - begin) * item
-            raw = value.detach().contiguous().view(torch.uint8).numpy()
-            mine[at : at + raw.size] = raw
+def _gathered(
+    shards: Shards, weights: Weights, blocks: Blocks, mine: dict[int, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns one key's state of a whole bucket, in flat order; a collective."""
+    block = torch.zeros(blocks.size, dtype=dtype)
+    for index, value in mine.items():
+        at = blocks.slots[index].offset + weights.pieces[index].start - shards.block * blocks.size
+        if value.numel():
+            block[at : at + value.numel()] = value
+    raw = shards.gather_blocks(block.view(torch.uint8).numpy(), "full_state_dict")
+    return torch.from_numpy(raw).view(dtype)
 
 
-def _order(index: int, everyone: list[dict[int, dict[str, Any]]]) -> Iterable[str]:
-    return next(found[index] for found in everyone if found.get(index))
+def _number(dtype: str | None, value: Any) -> Any:
+    return value if dtype is None or value is None else torch.tensor(value, dtype=getattr(torch, dtype))
 
 
 def _kind(value: Any) -> list[Any]:

@@ -67,11 +67,16 @@ class Sharded:
             optimizer.state[self.weights.pieces[index].tensor] = state
         for index in whole:
             del optimizer.state[self.weights.parameters[index]]
+        self._held: list[list[torch.Tensor]] | None = None
+        self._hook()
+        sharded_state.note_shared_out(optimizer)
         _weights[model] = self.weights
 
     def reducer(self, named: Named, bucket_nbytes: int, statistics: Statistics) -> Reducer:
         """Returns the reducer that gives each rank the gradients of its pieces."""
-        self._reducer = Reducer(self._collectives, named, bucket_nbytes, statistics, self._memories, self.weights)
+        self._reducer = Reducer(
+            self._collectives, named, bucket_nbytes, statistics, memories=self._memories, watcher=self.weights
+        )
         return self._reducer
 
     # What all ranks do together. A rank in finish() learns from the others what to do it with.
@@ -134,8 +139,11 @@ class Sharded:
 
     def _update(self, dropped: list[int]) -> None:
         self._drop(dropped)
-        with self._on_pieces():
+        self._swap_in()
+        try:
             self._inner.step()
+        finally:
+            self._swap_out()
         self.weights.publish()
 
     def _clip(self, dropped: list[int], max_norm: float) -> torch.Tensor:
@@ -159,8 +167,8 @@ class Sharded:
         pieces = self.weights.pieces
         states = {i: dict(self._inner.state.get(piece.tensor, {})) for i, piece in pieces.items()}
         whole = sharded_state.put_together(self._shards, self.weights, states)
-        with self._on_pieces():
-            full = self._inner.state_dict()  # groups, and the state of what is not trained
+        full = self._inner.state_dict()  # groups, and the state of what is not trained
+        del full[sharded_state.KEY]
         for place, parameter in enumerate(self._parameters()):
             index = self._index.get(id(parameter))
             if index is not None:
@@ -183,17 +191,19 @@ class Sharded:
             for group in self._inner.param_groups
         ]
 
-    @contextmanager
-    def _on_pieces(self) -> Iterator[None]:
-        """Within, the optimiser holds the pieces in place of the parameters; its groups may be replaced there."""
-        before = [group["params"] for group in self._inner.param_groups]
-        for group, parameters in zip(self._inner.param_groups, before, strict=True):
+    def _swap_in(self, *_: Any) -> None:
+        """Makes the optimiser hold the pieces in place of the parameters."""
+        self._swap_out()  # what an exception left behind
+        self._held = [group["params"] for group in self._inner.param_groups]
+        for group, parameters in zip(self._inner.param_groups, self._held, strict=True):
             group["params"] = [self._standing_for(p) for p in parameters]
-        try:
-            yield
-        finally:
-            for group, parameters in zip(self._inner.param_groups, before, strict=True):
+
+    def _swap_out(self, *_: Any) -> None:
+        """The reverse; the groups may have been replaced meanwhile."""
+        if self._held is not None:
+            for group, parameters in zip(self._inner.param_groups, self._held, strict=True):
                 group["params"] = parameters
+        self._held = None
 
     def _standing_for(self, parameter: torch.Tensor) -> torch.Tensor:
         index = self._index.get(id(parameter))
@@ -204,12 +214,21 @@ class Sharded:
         for piece in self.weights.pieces.values():
             piece.tensor.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's part."""
-        with self._on_pieces():
-            local = self._inner.state_dict()
+    def _hook(self) -> None:
+        """Makes the user's optimiser know of pieces wherever it is used directly; it does so for good."""
+        self._inner.register_step_pre_hook(self._refuse_step)
+        self._inner.register_state_dict_pre_hook(self._swap_in)
+        self._inner.register_state_dict_post_hook(self._after_state_dict)
+        self._inner.register_load_state_dict_pre_hook(self._before_load)
+        self._inner.register_load_state_dict_post_hook(self._swap_out)
+
+    def _refuse_step(self, *_: Any) -> None:
+        if self._held is None:
+            raise ArgumentError("step: this optimizer's parameters are shared out: call step() of mpidl.Synchronous")
+
+    def _after_state_dict(self, _: torch.optim.Optimizer, local: dict[str, Any]) -> None:
         local[sharded_state.KEY] = self._own_shard()
-        return local
+        self._swap_out()
 
     def _own_shard(self) -> dict[str, Any]:
         ranges = [[p.start, p.stop] for _, p in sorted(self.weights.pieces.items())]
@@ -221,6 +240,13 @@ class Sharded:
         Raises:
             ArgumentError: it is another rank's part, or of other pieces; or a tensor has not its parameter's shape.
         """
+        try:
+            self._inner.load_state_dict(state_dict)
+        finally:
+            self._swap_out()
+
+    def _before_load(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._swap_out()
         shard = state_dict.get(sharded_state.KEY)
         if shard is None:
             state_dict = self._cut(state_dict)
@@ -230,8 +256,8 @@ class Sharded:
                 f"were; expected that of rank {self._collectives.topology.rank} of {self._collectives.topology.size}, "
                 "or a full_state_dict(), which fits any number of ranks"
             )
-        with self._on_pieces():
-            self._inner.load_state_dict(state_dict)
+        self._swap_in()
+        return state_dict
 
     def _cut(self, full: dict[str, Any]) -> dict[str, Any]:
         places = {place: self._index.get(id(p)) for place, p in enumerate(self._parameters())}

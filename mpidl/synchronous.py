@@ -120,7 +120,7 @@ class Synchronous(DistributedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the optimiser's state in torch's form; with `shard` that of this rank's pieces."""
-        return super().state_dict() if self._sharded is None else self._sharded.state_dict()
+        return super().state_dict()
 
     def full_state_dict(self) -> dict[str, Any]:
         """Returns, on every rank, the state of the same optimiser without `shard`; with `shard` a collective."""

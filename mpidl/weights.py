@@ -154,8 +154,8 @@ class Weights:
                     return 1 + 3 * index + _LEFT
             elif parameter._version != self._versions[index]:
                 return 1 + 3 * index + _WRITTEN
-        for home, name, parameter, index in () if finishing else self._homes:
-            if home.get(name) is not parameter:
+        for home, name, trained, index in () if finishing else self._homes:
+            if home.get(name) is not trained:
                 return 1 + 3 * index + _LEFT
         return 0
 

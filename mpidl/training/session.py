@@ -222,6 +222,7 @@ class _Run:
             **self.way.totals(),
             "ranks": self.comm.size,
             "servers": self.comm.servers,
+            "shard": settings.shard,
             "nodes": self.comm.nodes,
             "threads_per_rank": torch.get_num_threads(),
             "mpi": runtime.mpi_description(),

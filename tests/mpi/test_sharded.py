@@ -1,4 +1,4 @@
-"""`mpidl.Synchronous(shard=True)` takes the unsharded optimiser's step, bit for bit where additions are in one order."""
+"""`mpidl.Synchronous(shard=True)` takes the unsharded step, bit for bit where additions are in one order."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ OPTIMIZERS = {
     "adamw": lambda p, **o: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, **o),
     "rmsprop": lambda p, **o: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True, **o),
     "adagrad": lambda p, **o: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1, **o),
-    "adadelta": lambda p, **o: torch.optim.Adadelta(p, **o),
-    "adamax": lambda p, **o: torch.optim.Adamax(p, **o),
-    "nadam": lambda p, **o: torch.optim.NAdam(p, **o),
-    "radam": lambda p, **o: torch.optim.RAdam(p, **o),
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
     "asgd": lambda p, **o: torch.optim.ASGD(p, t0=3, **o),
-    "rprop": lambda p, **o: torch.optim.Rprop(p, **o),
+    "rprop": torch.optim.Rprop,
 }
 FIFTY = ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad")
 

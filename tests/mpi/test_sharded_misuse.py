@@ -103,6 +103,25 @@ def test_a_gradient_of_the_users_own(comm):
     optimizer.finish()
 
 
+def test_the_users_own_optimizer_beside_mpidl(comm):
+    model, optimizer = sharded(comm)
+    loss_of(model, batch(comm.rank, 0)).backward()
+    with pytest.raises(mpidl.ArgumentError, match=r"shared out: call step\(\) of mpidl"):
+        optimizer._inner.step()
+    optimizer.step()
+    local = optimizer._inner.state_dict()
+    assert local["shard"]["rank"] == comm.rank
+    optimizer._inner.load_state_dict(local)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    optimizer._inner.load_state_dict(optimizer.full_state_dict())
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    optimizer.finish()
+    assert optimizer._inner.state_dict()["shard"]["ranks"] == comm.size
+    with pytest.raises(mpidl.ArgumentError, match=r"this SGD was given to.*make a new one"):
+        mpidl.Synchronous(optimizer._inner, model, comm=comm)
+
+
 class LARS(torch.optim.Optimizer):
     def __init__(self, parameters):
         super().__init__(parameters, {})
