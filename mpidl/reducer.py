@@ -21,6 +21,7 @@ from mpidl import leaving
 from mpidl.bucket_memory import BucketMemory, bucket_memory, cut_into_buckets
 from mpidl.collectives import Collectives
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
+from mpidl.layout import fingerprint
 from mpidl.state import Named
 from mpidl.statistics import Statistics
 from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader, Watcher
@@ -72,10 +73,7 @@ class Reducer:
         cut = cut_into_buckets(named, bucket_nbytes)
         self._memories = list(memories) or [bucket_memory(bucket, self._parameters) for bucket in cut]
         self._home = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
-        layout_hash = 0
-        for bucket in cut:
-            layout_hash = (layout_hash * 31 + bucket.layout.fingerprint()) % 2**62
-        self._header = StepHeader(ranks, layout_hash, watcher)
+        self._header = StepHeader(ranks, fingerprint(cut), watcher)
         self._statistics = statistics
         self._round: _Round | None = None
         self._unsynced: set[int] = set()
@@ -276,11 +274,7 @@ class Reducer:
         return {index for index in self._unsynced if self._parameters[index].grad is not None}
 
     def join(self, answer: Callable[[Header], None] | None = None) -> None:
-        """Answers the others' rounds without samples of its own until every rank has come here.
-
-        Args:
-            answer: does this rank's part of what the others do outside backward.
-        """
+        """Answers the others' rounds, and by `answer` what they do beside, until every rank has come here."""
         while True:
             self.samples = None
             header = self._complete(self._begin(FINISHED), set())

@@ -111,6 +111,7 @@ class ShardedBucketMemory(BucketMemory):
         for index, mark in self._marks.items():
             if self._parameters[index].grad is mark:
                 self._parameters[index].grad = None
+        self._receive = np.empty(0, self._receive.dtype)
 
 
 def _nan_like(parameter: torch.Tensor) -> torch.Tensor:
