@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,28 +21,10 @@ from mpidl.bucket_memory import BucketMemory, bucket_memory, cut_into_buckets
 from mpidl.collectives import Collectives
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
 from mpidl.layout import fingerprint
+from mpidl.reduction_round import Round
 from mpidl.state import Named
 from mpidl.statistics import Statistics
 from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader, Watcher
-
-
-@dataclass
-class _Round:
-    """One backward pass."""
-
-    get_header: Callable[[bool], Header | None]
-    weight: int
-    header: Header | None = None
-    launched: int = 0  # buckets
-    fired: set[int] = field(default_factory=set)
-    late: set[int] = field(default_factory=set)  # buckets that changed after they were launched
-    dropped: int = 0  # the first so many buckets were launched with gradients that were thrown away
-
-    def restart(self) -> None:
-        """Forgets this rank's gradients; what was launched with them must be done again."""
-        self.late.update(range(self.launched))
-        self.fired.clear()
-        self.dropped = self.launched
 
 
 class Reducer:
@@ -75,7 +56,7 @@ class Reducer:
         self._home = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
         self._header = StepHeader(ranks, fingerprint(cut), watcher)
         self._statistics = statistics
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._unsynced: set[int] = set()
         self._sequence = 0
         self.uneven: int | None = None  # a rank whose parameters are the newest, once some rank stepped alone
@@ -137,6 +118,14 @@ class Reducer:
             self._advance(self._round)
         self._statistics.seconds_communicating += time.perf_counter() - started
 
+    def reduce(self) -> None:
+        """Reduces the gradients that are there, outside a backward."""
+        now = self._begin(STEPPING)
+        for index in range(len(self._parameters)):
+            self._pack(now, index)
+        self._advance(now)
+        self._complete(now, set(range(len(self._parameters))))
+
     def _end_of_backward(self) -> None:
         self._armed = None
         if self._round is None:
@@ -149,7 +138,7 @@ class Reducer:
 
     # A round.
 
-    def _begin(self, state: int) -> _Round:
+    def _begin(self, state: int) -> Round:
         self._sequence += 1
         if leaving.thread_failure() is not None:
             state = FAILED
@@ -157,13 +146,13 @@ class Reducer:
         for memory in self._memories:
             memory.begin()
         steps = self._statistics.steps
-        return _Round(self._header.start(state, self.samples, steps, self.wish_to_stop), weight)
+        return Round(self._header.start(state, self.samples, steps, self.wish_to_stop), weight)
 
-    def _pack(self, now: _Round, index: int) -> None:
+    def _pack(self, now: Round, index: int) -> None:
         gradient = self._parameters[index].grad
         self._memories[self._home[index]].pack(index, gradient, now.weight)
 
-    def _advance(self, now: _Round) -> None:
+    def _advance(self, now: Round) -> None:
         """Launches every full bucket whose turn it is, once the header is there, and lets MPI move those under way."""
         if now.header is None:
             now.header = now.get_header(False)
@@ -178,13 +167,13 @@ class Reducer:
         for memory in self._memories[: now.launched]:
             memory.advance()
 
-    def _launch(self, now: _Round, number: int) -> None:
+    def _launch(self, now: Round, number: int) -> None:
         assert now.header is not None
         memory = self._memories[number]
         memory.launch(self._collectives, (self._sequence, number), now.header.total)
         self._statistics.bytes += memory.nbytes
 
-    def _complete(self, now: _Round, used: set[int]) -> Header:
+    def _complete(self, now: Round, used: set[int]) -> Header:
         """Ends a round: the rest is launched, waited for, done again where late, and written back."""
         header = now.header = now.header or now.get_header(True)
         assert header is not None
@@ -214,7 +203,7 @@ class Reducer:
         self._round = None
         return header
 
-    def _trailer(self, now: _Round, used: set[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _trailer(self, now: Round, used: set[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Agrees on used and carried parameters, late buckets and non-finite gradients; does late buckets again."""
         count, late_from = len(self._parameters), 2 * len(self._parameters)
         flags = np.zeros(late_from + len(self._memories) + 1, np.uint8)
