@@ -92,27 +92,26 @@ def test_half_types(comm, name, dtype):
     optimizer.finish()
 
 
-@pytest.mark.parametrize("variable, value", [("MPIDL_NODE_SIZE", 1), ("MPIDL_NODE_SIZE", 2), ("MPIDL_NODE_SIZE", 3)])
-def test_across_nodes(comm, monkeypatch, variable, value):
-    """Additions may be in another order there. 4 ranks on nodes of 3: groups of one rank each."""
-    with copied(comm, monkeypatch, variable, value) as ranks:
+@pytest.mark.parametrize("value", [1, 2, 3])
+def test_across_nodes(comm, monkeypatch, value):
+    """Additions may be in another order there. 4 ranks on nodes of 3, and 3 on nodes of 2: groups of one rank each."""
+    if value >= comm.size:
+        return
+    with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", value) as ranks:
         for name in ("momentum", "adam"):
-            steps = 50 if value == 2 else 10
-            expected, plain = train(comm, OPTIMIZERS[name], shard=False, steps=steps, dtype=torch.float64)
-            model, optimizer = train(ranks, OPTIMIZERS[name], shard=True, steps=steps, dtype=torch.float64)
-            assert_close(model, expected, 1e-9)
+            expected, plain = train(comm, OPTIMIZERS[name], shard=False, steps=6, dtype=torch.float64)
+            model, optimizer = train(ranks, OPTIMIZERS[name], shard=True, steps=6, dtype=torch.float64)
+            assert_close(model, expected, 1e-10)
             assert_alike(comm, model)
-            groups = {"params": 0, **optimizer.full_state_dict()}["param_groups"]
-            assert groups == plain.state_dict()["param_groups"]
             plain.finish()
             optimizer.finish()
 
 
-def whole_steps(comm, make, *, shard):
+def whole_steps(comm, make, steps, *, shard):
     """Gradients that are whole numbers, so that their sum does not depend on the order."""
     model = Net()
     optimizer = mpidl.Synchronous(make(model.groups()), model, comm=comm, shard=shard, bucket_cap_mb=3e-3)
-    for step in range(50):
+    for step in range(steps):
         optimizer.zero_grad()
         used = [p for i, p in enumerate(model.parameters()) if p.requires_grad and (i + comm.rank) % 3 != step % 3]
         sum((p * (comm.rank + step % 5 - 2)).sum() for p in used).backward()
@@ -122,20 +121,21 @@ def whole_steps(comm, make, *, shard):
 
 @pytest.mark.parametrize("name", FIFTY)
 def test_across_nodes_bit_for_bit_where_the_order_does_not_matter(comm, monkeypatch, name):
-    expected, plain = whole_steps(comm, OPTIMIZERS[name], shard=False)
-    for value in (1, 2):
-        with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", value) as ranks:
-            model, optimizer = whole_steps(ranks, OPTIMIZERS[name], shard=True)
-            same(model, expected)
-            same_state(optimizer.full_state_dict(), plain.state_dict())
-            optimizer.finish()
+    if comm.size == 1:
+        return
+    expected, plain = whole_steps(comm, OPTIMIZERS[name], 50, shard=False)
+    with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", (comm.size + 1) // 2) as ranks:  # two nodes
+        model, optimizer = whole_steps(ranks, OPTIMIZERS[name], 50, shard=True)
+        same(model, expected)
+        same_state(optimizer.full_state_dict(), plain.state_dict())
+        optimizer.finish()
     plain.finish()
 
 
 def test_without_shared_memory_every_rank_has_weights_of_its_own(comm, monkeypatch):
-    expected, plain = whole_steps(comm, OPTIMIZERS["adam"], shard=False)
+    expected, plain = whole_steps(comm, OPTIMIZERS["adam"], 5, shard=False)
     with copied(comm, monkeypatch, "MPIDL_SHARED_MEMORY", 0) as ranks:
-        model, optimizer = whole_steps(ranks, OPTIMIZERS["adam"], shard=True)
+        model, optimizer = whole_steps(ranks, OPTIMIZERS["adam"], 5, shard=True)
         same(model, expected)
         optimizer.finish()
     plain.finish()
