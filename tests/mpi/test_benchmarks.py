@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl.benchmarks import allreduce, parameter_server, targets, training
+from mpidl.benchmarks import allreduce, memory, parameter_server, targets, training
 from mpidl.benchmarks.harness import Case, Contender, Plan, measure
 from mpidl.benchmarks.ranks import Together
 from mpidl.bucket_memory import BucketMemory
@@ -67,6 +67,14 @@ def test_gradients_that_were_never_reduced_are_found(ranks: Together, monkeypatc
     found = complaints(ranks, training)
     assert "gradients are wrong" in found.pop(targets.SYNCHRONOUS)
     assert set(found.values()) == {""}
+
+
+@pytest.mark.parametrize("way", memory.WAYS)
+def test_memory_is_measured(ranks: Together, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(memory, "_WIDTH", 700)
+    report = memory.measure(way, ranks)
+    assert report.weights == pytest.approx(6 * 700 * 700 * 4 / 2**20)
+    assert 0.5 < report.rank / report.weights < 20
 
 
 def test_no_commit_is_missing(ranks: Together) -> None:
