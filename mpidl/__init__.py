@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.request import Request
+    from mpidl.sharded_step import exclusive
     from mpidl.synchronous import Synchronous
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _HOME = {
     "Packed": "packing",
     "DevicePacked": "packing",
     "Synchronous": "synchronous",
+    "exclusive": "sharded_step",
     "Downpour": "parameter_server.downpour",
     "AGN": "parameter_server.agn",
     "MpidlError": "errors",
@@ -82,6 +84,7 @@ __all__ = [
     "StalledError",
     "Synchronous",
     "__version__",
+    "exclusive",
     "pack",
     "unpack",
     "world",

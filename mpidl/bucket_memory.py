@@ -9,6 +9,7 @@ what backward computes.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 
 from mpidl import arrays, devices, topology
 from mpidl.collectives import Collectives, Source
-from mpidl.layout import Bucket
+from mpidl.layout import Bucket, Tensor, buckets
 from mpidl.packing import Table
-from mpidl.state import memory_order
+from mpidl.state import Named, dtype_name, memory_order
 
 # MPI knows the memory of a running reduction by its address only: this keeps it alive, even if an interrupted backward
 # drops the optimizer and the model.
@@ -40,6 +41,7 @@ class BucketMemory:
     def __init__(self, bucket: Bucket, parameters: list[torch.nn.Parameter]) -> None:
         self.bucket = bucket
         self.packed: set[int] = set()
+        self._parameters = parameters
         self._gradients: dict[int, torch.Tensor | None] = {}
         self._weight = 1.0
         self._request: Any = None  # under way
@@ -93,7 +95,28 @@ class BucketMemory:
         """Whether a full bucket can be sent; `wait` until it can."""
         return self.full
 
-    def unpack(self, gradients: dict[int, torch.Tensor]) -> None:
+    def carried(self, index: int) -> bool:
+        """Whether what was reduced before is added to this round's result, and not yet in the gradient itself."""
+        return False
+
+    def write_back(self, used: np.ndarray[Any, Any], carried: np.ndarray[Any, Any], *, stepping: bool) -> None:
+        """Makes the reduced gradients the parameters', once the trailer is there.
+
+        Args:
+            used: of each parameter, whether some rank used it; another's gradient, mostly None, stays what it was.
+            carried: of each parameter, whether it is `carried` on some rank.
+            stepping: whether this rank brought gradients.
+        """
+        gradients = {}
+        for index in self.bucket.members if stepping else ():
+            parameter = self._parameters[index]
+            if used[index]:
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter, requires_grad=False)
+                gradients[index] = parameter.grad
+        self._unpack(gradients)
+
+    def _unpack(self, gradients: dict[int, torch.Tensor]) -> None:
         """Overwrites the gradients of some parameters, by index, with the reduced ones."""
         if not gradients:
             return
@@ -116,10 +139,14 @@ class BucketMemory:
             words: which reduction this is, alike on all of them.
             total: of all their weights.
         """
-        present = {i: self._in_order(i, g).contiguous() for i, g in self._gradients.items() if g is not None}
-        addresses = [present[index].data_ptr() if index in present else 0 for index in self.bucket.members]
-        source = Source(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
+        source = self._source(self.bucket.members)
         self._begin(ranks.start_gathered_sum(words, source, arrays.view(self._receive), total))
+
+    def _source(self, members: Sequence[int | None]) -> Source:
+        """What is read: the gradients of `members`, in the table's order."""
+        present = {i: self._in_order(i, g).contiguous() for i, g in self._gradients.items() if g is not None}
+        addresses = [0 if index not in present else present[index].data_ptr() for index in members]
+        return Source(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
 
     def _begin(self, request: Any) -> None:
         self._request = self._last = request
@@ -221,7 +248,7 @@ class DeviceBucketMemory(BucketMemory):
             self._copied.wait()
         return self._copied.Test()
 
-    def unpack(self, gradients: dict[int, torch.Tensor]) -> None:
+    def _unpack(self, gradients: dict[int, torch.Tensor]) -> None:
         device, stream = self._device, self._device.current_stream("torch")
         if not gradients:
             return
@@ -260,3 +287,8 @@ def bucket_memory(bucket: Bucket, parameters: list[torch.nn.Parameter]) -> Bucke
     """Returns the memory of a bucket, of the kind that fits where its parameters lie."""
     kind = BucketMemory if arrays.view(parameters[bucket.members[0]]).device == "cpu" else DeviceBucketMemory
     return kind(bucket, parameters)
+
+
+def cut_into_buckets(named: Named, nbytes: int) -> tuple[Bucket, ...]:
+    """Returns the buckets of these parameters, by their index, of at most so many bytes."""
+    return buckets([Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named], nbytes)

@@ -101,3 +101,11 @@ def buckets(tensors: Sequence[Tensor], cap_nbytes: int) -> tuple[Bucket, ...]:
     done += [(dtype, members) for dtype, (members, _) in filling.items()]
     done.sort(key=lambda pair: -pair[1][-1])  # a bucket is full when backward reaches its first tensor
     return tuple(Bucket(lay_out((tensors[i] for i in m), dtype), tuple(m)) for dtype, m in done)
+
+
+def fingerprint(cut: Iterable[Bucket]) -> int:
+    """Returns a 62-bit number that differs when a bucket differs; alike on all ranks."""
+    found = 0
+    for bucket in cut:
+        found = (found * 31 + bucket.layout.fingerprint()) % 2**62
+    return found

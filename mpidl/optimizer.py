@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mpidl import communicator, leaving, state
+from mpidl import communicator, leaving, sharded_state, state
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
 
@@ -76,6 +76,7 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
                 raise ArgumentError(f"optimizer is a {type(self._inner).__name__}; expected a torch.optim.Optimizer")
             if isinstance(self._inner, DistributedOptimizer):
                 raise ArgumentError(f"optimizer is already a mpidl.{type(self._inner).__name__}; wrap it once")
+            sharded_state.refuse_shared_out(self._inner)
             if not isinstance(self._model, torch.nn.Module):
                 raise ArgumentError(f"model is a {type(self._model).__name__}; expected a torch.nn.Module")
             if self._buffers not in _BUFFERS:

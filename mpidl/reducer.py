@@ -10,40 +10,21 @@ checkpointing, a parameter reached twice) can simply be sent again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpidl import leaving
-from mpidl.bucket_memory import bucket_memory
+from mpidl.bucket_memory import BucketMemory, bucket_memory, cut_into_buckets
 from mpidl.collectives import Collectives
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
-from mpidl.layout import Tensor, buckets
-from mpidl.state import Named, dtype_name
+from mpidl.layout import fingerprint
+from mpidl.reduction_round import Round
+from mpidl.state import Named
 from mpidl.statistics import Statistics
-from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader
-
-
-@dataclass
-class _Round:
-    """One backward pass."""
-
-    get_header: Callable[[bool], Header | None]
-    weight: int
-    header: Header | None = None
-    launched: int = 0  # buckets
-    fired: set[int] = field(default_factory=set)
-    late: set[int] = field(default_factory=set)  # buckets that changed after they were launched
-    dropped: int = 0  # the first so many buckets were launched with gradients that were thrown away
-
-    def restart(self) -> None:
-        """Forgets this rank's gradients; what was launched with them must be done again."""
-        self.late.update(range(self.launched))
-        self.fired.clear()
-        self.dropped = self.launched
+from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader, Watcher
 
 
 class Reducer:
@@ -53,23 +34,29 @@ class Reducer:
         ranks: the collectives of a topology of the optimiser's own.
         named: parameters to reduce, with their names, in an order equal on all ranks.
         bucket_nbytes: size of a bucket in bytes.
-        statistics: where to count.
+        memories: of the buckets, and
+        watcher: of each step, if the weights are shared.
     """
 
-    def __init__(self, ranks: Collectives, named: Named, bucket_nbytes: int, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        ranks: Collectives,
+        named: Named,
+        bucket_nbytes: int,
+        statistics: Statistics,
+        *,
+        memories: Sequence[BucketMemory] = (),
+        watcher: Watcher | None = None,
+    ) -> None:
         self._collectives, self._ranks = ranks, ranks.topology
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
-        tensors = [Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named]
-        cut = buckets(tensors, bucket_nbytes)
-        self._memories = [bucket_memory(bucket, self._parameters) for bucket in cut]
+        cut = cut_into_buckets(named, bucket_nbytes)
+        self._memories = list(memories) or [bucket_memory(bucket, self._parameters) for bucket in cut]
         self._home = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
-        layout_hash = 0
-        for bucket in cut:
-            layout_hash = (layout_hash * 31 + bucket.layout.fingerprint()) % 2**62
-        self._header = StepHeader(ranks, layout_hash)
+        self._header = StepHeader(ranks, fingerprint(cut), watcher)
         self._statistics = statistics
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._unsynced: set[int] = set()
         self._sequence = 0
         self.uneven: int | None = None  # a rank whose parameters are the newest, once some rank stepped alone
@@ -131,6 +118,14 @@ class Reducer:
             self._advance(self._round)
         self._statistics.seconds_communicating += time.perf_counter() - started
 
+    def reduce(self) -> None:
+        """Reduces the gradients that are there, outside a backward."""
+        now = self._begin(STEPPING)
+        for index in range(len(self._parameters)):
+            self._pack(now, index)
+        self._advance(now)
+        self._complete(now, set(range(len(self._parameters))))
+
     def _end_of_backward(self) -> None:
         self._armed = None
         if self._round is None:
@@ -143,7 +138,7 @@ class Reducer:
 
     # A round.
 
-    def _begin(self, state: int) -> _Round:
+    def _begin(self, state: int) -> Round:
         self._sequence += 1
         if leaving.thread_failure() is not None:
             state = FAILED
@@ -151,13 +146,13 @@ class Reducer:
         for memory in self._memories:
             memory.begin()
         steps = self._statistics.steps
-        return _Round(self._header.start(state, self.samples, steps, self.wish_to_stop), weight)
+        return Round(self._header.start(state, self.samples, steps, self.wish_to_stop), weight)
 
-    def _pack(self, now: _Round, index: int) -> None:
+    def _pack(self, now: Round, index: int) -> None:
         gradient = self._parameters[index].grad
         self._memories[self._home[index]].pack(index, gradient, now.weight)
 
-    def _advance(self, now: _Round) -> None:
+    def _advance(self, now: Round) -> None:
         """Launches every full bucket whose turn it is, once the header is there, and lets MPI move those under way."""
         if now.header is None:
             now.header = now.get_header(False)
@@ -172,13 +167,13 @@ class Reducer:
         for memory in self._memories[: now.launched]:
             memory.advance()
 
-    def _launch(self, now: _Round, number: int) -> None:
+    def _launch(self, now: Round, number: int) -> None:
         assert now.header is not None
         memory = self._memories[number]
         memory.launch(self._collectives, (self._sequence, number), now.header.total)
         self._statistics.bytes += memory.nbytes
 
-    def _complete(self, now: _Round, used: set[int]) -> Header:
+    def _complete(self, now: Round, used: set[int]) -> Header:
         """Ends a round: the rest is launched, waited for, done again where late, and written back."""
         header = now.header = now.header or now.get_header(True)
         assert header is not None
@@ -198,9 +193,10 @@ class Reducer:
         now.launched = len(self._memories)
         for number in range(len(self._memories)):
             self._wait(number)
-        used_anywhere = self._trailer(now, used if now.weight else set())
-        if self._ranks.rank in header.stepping:
-            self._write_back(used_anywhere)
+        used_anywhere, carried = self._trailer(now, used if now.weight else set())
+        stepping = self._ranks.rank in header.stepping
+        for memory in self._memories:
+            memory.write_back(used_anywhere, carried, stepping=stepping)
         self._statistics.rounds += 1
         if len(header.stepping) < self._ranks.size:
             self.uneven = header.stepping[0]
@@ -211,19 +207,21 @@ class Reducer:
         self._memories[number].wait(self._collectives)
         self._statistics.note_bucket(number, self._memories[number].seconds())
 
-    def _trailer(self, now: _Round, used: set[int]) -> np.ndarray[Any, Any]:
-        """Agrees on used parameters, late buckets and non-finite gradients; does the late buckets again."""
-        count = len(self._parameters)
-        flags = np.zeros(count + len(self._memories) + 1, np.uint8)
+    def _trailer(self, now: Round, used: set[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Agrees on used and carried parameters, late buckets and non-finite gradients; does late buckets again."""
+        count, late_from = len(self._parameters), 2 * len(self._parameters)
+        flags = np.zeros(late_from + len(self._memories) + 1, np.uint8)
         flags[list(used)] = 1
-        flags[[count + number for number in now.late]] = 1
+        if now.header is not None and self._ranks.rank in now.header.stepping:  # what a rank in finish() holds is old
+            flags[count:late_from] = [self._memories[self._home[index]].carried(index) for index in range(count)]
+        flags[[late_from + number for number in now.late]] = 1
         flags[-1] = not all(memory.finite for memory in self._memories[now.dropped :])
         agreed = np.empty_like(np.packbits(flags))
         sequence = self._ranks.begin()
         mine = np.packbits(flags)
         self._ranks.wait(self._collectives.start_words_or(mine, agreed), "the end of a synchronised step", sequence)
         flags = np.unpackbits(agreed, count=flags.size)
-        again = [number for number in range(len(self._memories)) if flags[count + number]]
+        again = [number for number in range(len(self._memories)) if flags[late_from + number]]
         for number in again:
             for index in self._memories[number].bucket.members:
                 self._pack(now, index)
@@ -232,18 +230,7 @@ class Reducer:
         for number in again:
             self._wait(number)
         self._statistics.nonfinite_rounds += int(flags[-1])
-        return flags[:count]
-
-    def _write_back(self, used: np.ndarray[Any, Any]) -> None:
-        for memory in self._memories:
-            gradients = {}
-            for index in memory.bucket.members:
-                parameter = self._parameters[index]
-                if used[index]:  # by somebody; otherwise its gradient, mostly None, stays what it was
-                    if parameter.grad is None:
-                        parameter.grad = torch.empty_like(parameter, requires_grad=False)
-                    gradients[index] = parameter.grad
-            memory.unpack(gradients)
+        return flags[:count], flags[count:late_from]
 
     # For the optimiser above.
 
@@ -279,12 +266,24 @@ class Reducer:
         """Returns the parameters with a gradient from `no_sync`; `zero_grad` may have thrown some away since."""
         return {index for index in self._unsynced if self._parameters[index].grad is not None}
 
-    def join(self) -> None:
-        """Answers the others' rounds without samples of its own until every rank has come here."""
+    def join(self, answer: Callable[[Header], None] | None = None) -> None:
+        """Answers the others' rounds, and by `answer` what they do beside, until every rank has come here."""
         while True:
             self.samples = None
-            if not self._complete(self._begin(FINISHED), set()).stepping:
+            header = self._complete(self._begin(FINISHED), set())
+            if header.doing == FINISHED:
                 return
+            if header.doing != STEPPING and answer is not None:
+                answer(header)
+
+    def announce(self, doing: int, trouble: int = 0) -> Header:
+        """Returns when all ranks have come to do this, or are in `finish()`; a collective outside backward."""
+        self._sequence += 1
+        state = FAILED if leaving.thread_failure() is not None else doing
+        header = self._header.start(state, self.samples, self._statistics.steps, self.wish_to_stop, trouble)(True)
+        assert header is not None
+        self.stopping = self.stopping or header.stopping
+        return header
 
     def close(self) -> None:
         """Takes the hooks off the parameters; no reduction is under way any more."""

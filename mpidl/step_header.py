@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from mpidl.collectives import Collectives, disagreement
 from mpidl.errors import ArgumentError, MismatchError, RankFailedError
 
 STEPPING, FINISHED, FAILED = 1, 2, 3
+UPDATING, CLIPPING, GATHERING = 4, 5, 6  # what only a sharded step does together, apart from backward
+_DOING = {STEPPING: "backward", UPDATING: "step", CLIPPING: "clip_grad_norm_", GATHERING: "full_state_dict"}
 _EQUAL, _GIVEN = 0, 1  # weights: all ranks alike, or by `samples(k)`
 
 
@@ -27,29 +29,46 @@ class Header:
     stepping: tuple[int, ...]  # ranks that bring a gradient
     total: int  # sum of their weights: number of samples, or of ranks
     stopping: bool  # some rank wishes to stop after this step
+    doing: int = STEPPING  # or UPDATING and so on; FINISHED if nobody does anything
+    finished: tuple[int, ...] = ()  # ranks that bring none any more
+
+
+class Watcher(Protocol):
+    """Looks at what must hold at every step."""
+
+    def trouble(self, *, finishing: bool) -> int:
+        """Returns 0, or a number that says what is wrong on this rank."""
+
+    def explain(self, trouble: int) -> Exception:
+        """Returns what the trouble of any rank is."""
 
 
 class StepHeader:
     """Exchanges the words of one optimiser's ranks, once per step."""
 
-    def __init__(self, ranks: Collectives, layout_hash: int) -> None:
+    def __init__(self, ranks: Collectives, layout_hash: int, watcher: Watcher | None = None) -> None:
         self._collectives, self._ranks = ranks, ranks.topology
-        self._layout = layout_hash
+        self._layout, self._watcher = layout_hash, watcher
 
-    def start(self, state: int, samples: int | None, steps: int, stopping: bool) -> Callable[[bool], Header | None]:
+    def start(
+        self, state: int, samples: int | None, steps: int, stopping: bool, trouble: int = 0
+    ) -> Callable[[bool], Header | None]:
         """Starts the exchange.
 
         Args:
-            state: STEPPING, FINISHED or FAILED.
+            state: STEPPING, FINISHED, FAILED or another of those above.
             samples: weight of this rank's gradient, or None for equal weights.
             steps: optimiser steps taken so far.
             stopping: this rank wishes to stop.
+            trouble: what else the watcher's `explain` will say.
 
         Returns:
             A function: given True it waits for the header, given False it returns None while it is not there.
         """
         weight, kind = (1, _EQUAL) if samples is None else (samples, _GIVEN)
-        words = np.array([self._layout, state, weight, kind, steps, stopping], np.int64)
+        if self._watcher is not None and not trouble:
+            trouble = self._watcher.trouble(finishing=state == FINISHED)
+        words = np.array([self._layout, state, weight, kind, steps, stopping, trouble], np.int64)
         everyone = np.empty((self._ranks.size, words.size), np.int64)
         sequence = self._ranks.begin()
         request = self._collectives.start_words_gather(words, everyone)
@@ -64,12 +83,15 @@ class StepHeader:
         return get
 
     def _read(self, words: np.ndarray[Any, Any]) -> Header:
-        layouts, states, weights, kinds, steps, stops = words.T
+        layouts, states, weights, kinds, steps, stops, troubles = words.T
         if (states == FAILED).any():
             self._raise_failure()
         if (layouts != layouts[0]).any():
             raise MismatchError(f"the ranks hold different models: {disagreement(f'layout {x}' for x in layouts)}")
+        if troubles.any() and self._watcher is not None:
+            raise self._watcher.explain(int(troubles[troubles > 0][0]))
         stepping = tuple(int(r) for r in np.flatnonzero(states == STEPPING))
+        doing = self._doing(states)
         if len({int(kinds[r]) for r in stepping}) > 1:
             texts = ["samples(k)" if k == _GIVEN else "equal weights" for k in kinds]
             raise ArgumentError(
@@ -77,7 +99,18 @@ class StepHeader:
             )
         if len({int(steps[r]) for r in stepping}) > 1:
             raise MismatchError(f"the ranks have come apart: {disagreement(f'{n} optimizer steps' for n in steps)}")
-        return Header(stepping, int(sum(int(weights[r]) for r in stepping)), bool(stops.any()))
+        total = int(sum(int(weights[r]) for r in stepping))
+        finished = tuple(int(r) for r in np.flatnonzero(states == FINISHED))
+        return Header(stepping, total, bool(stops.any()), doing, finished)
+
+    @staticmethod
+    def _doing(states: np.ndarray[Any, Any]) -> int:
+        """Returns what all ranks do that have not finished."""
+        found = {int(state) for state in states} - {FINISHED}
+        if len(found) > 1:
+            texts = [_DOING.get(int(state), "finish") for state in states]
+            raise MismatchError(f"the ranks have come apart: {disagreement(texts)}")
+        return found.pop() if found else FINISHED
 
     def _raise_failure(self) -> None:
         reason = leaving.thread_failure() or ""

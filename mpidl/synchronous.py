@@ -6,6 +6,7 @@ The step itself is the user's own optimiser's; the reduction stands in `reducer`
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from mpidl import state
+from mpidl import sharded_state, state
 from mpidl.collectives import Collectives
 from mpidl.communicator import Communicator
-from mpidl.errors import ArgumentError
+from mpidl.errors import ArgumentError, ClosedError
 from mpidl.optimizer import DistributedOptimizer
 from mpidl.placement import helper_wish
 from mpidl.reducer import Reducer
+from mpidl.sharded_step import Sharded
 from mpidl.statistics import Statistics
 
 
@@ -36,6 +38,9 @@ class Synchronous(DistributedOptimizer):
         model: its parameters and buffers are broadcast from rank 0, in place, and so is the optimiser's state. Backward
             must run on what calling this module returned, or reach its parameters directly.
         comm: who trains together; default `mpidl.world()`.
+        shard: the ranks of a node share one copy of the weights, and each takes the optimiser's step on its own pieces
+            of them, whose state it alone holds; docs/optimizers.md says what that changes. Elementwise optimisers of
+            torch.optim and parameters on the cpu only.
         bucket_cap_mb: gradients are reduced in buckets of at most this many MiB while backward goes on.
         wire_dtype: torch.bfloat16 lets gradients travel in that dtype between nodes, where there are several and the
             bucket is large enough to go by lanes; sums are taken in float32. None: as they are.
@@ -56,31 +61,43 @@ class Synchronous(DistributedOptimizer):
         comm: Communicator | None = None,
         bucket_cap_mb: float = 25,
         wire_dtype: torch.dtype | str | None = None,
+        shard: bool = False,
         buffers: str = "mean",
     ) -> None:
-        self._bucket_cap_mb, self._wire_dtype = bucket_cap_mb, str(wire_dtype or "").removeprefix("torch.")
+        self._bucket_cap_mb, self._shard = bucket_cap_mb, shard
+        self._wire_dtype = str(wire_dtype or "").removeprefix("torch.")
+        self._sharded: Sharded | None = None
+        self.statistics = Statistics()
         error = None
         if not isinstance(bucket_cap_mb, int | float) or not 0 < bucket_cap_mb < math.inf:
             error = ArgumentError(f"bucket_cap_mb={bucket_cap_mb!r}; expected a number of MiB above 0")
         if self._wire_dtype not in ("", "bfloat16"):
             error = ArgumentError(f"wire_dtype={wire_dtype!r}; expected None or torch.bfloat16")
-        try:
-            helper_wish()
-        except ArgumentError as found:
-            error = found
+        if shard not in (True, False):
+            error = ArgumentError(f"shard={shard!r}; expected True or False")
+        if shard and self._wire_dtype:
+            error = ArgumentError("wire_dtype: with shard=True gradients travel as they are")
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
-        self.statistics = Statistics()
-        nbytes = max(1, int(bucket_cap_mb * 2**20))
-        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, helper=self._ranks.spares_cores())
-        self._reducer = Reducer(collectives, self._held, nbytes, self.statistics)
         self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
 
     def _broadcast(self) -> None:
         super()._broadcast()
         state.broadcast_optimizer(self._ranks, self._inner, 0)
+        nbytes = max(1, int(self._bucket_cap_mb * 2**20))
+        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, helper=self._ranks.spares_cores())
+        if self._shard:
+            self._sharded = Sharded(collectives, self._inner, self._model, self._held, nbytes)
+            self._reducer = self._sharded.reducer(self._held, nbytes, self.statistics)
+            self._release = weakref.finalize(self, self._sharded.release)  # if finish() never comes
+        else:
+            self._reducer = Reducer(collectives, self._held, nbytes, self.statistics)
 
     def _describe(self) -> dict[str, Any]:
-        own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers, "wire_dtype": self._wire_dtype}
+        own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers, "shard": self._shard}
+        own["wire_dtype"] = self._wire_dtype
+        helper_wish()
+        if self._shard:
+            sharded_state.refuse(self._inner, self._held)
         return own | state.describe_optimizer(self._inner, self._model)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -92,8 +109,50 @@ class Synchronous(DistributedOptimizer):
         """
         self._refuse(closure)
         self._reducer.check_steppable()
-        self._inner.step()
+        if self._sharded is None:
+            self._inner.step()
+        else:
+            self._sharded.step()
         self.statistics.steps += 1
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+        """GradScaler asks for this before it looks at gradients, of which it would see none here."""
+        if self._sharded is not None:
+            raise ArgumentError(
+                "GradScaler cannot see the gradients of shard=True: train in bfloat16, or without shard"
+            )
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the inner optimiser's; with `shard` gradients always become None."""
+        if self._sharded is not None:
+            self._sharded.zero_grad()
+        super().zero_grad(set_to_none or self._sharded is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the optimiser's state in torch's form; with `shard` that of this rank's pieces."""
+        return super().state_dict()
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Returns, on every rank, the state of the same optimiser without `shard`; with `shard` a collective."""
+        if self._sharded is None:
+            return super().state_dict()
+        if self._finished:
+            raise ClosedError("full_state_dict: finish() was called; save before it")
+        self._reducer.check_whole("full_state_dict")
+        return self._sharded.full_state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads into the inner optimiser; load the same on every rank.
+
+        Args:
+            state_dict: a full one, of any number of ranks; or with `shard` this rank's own part.
+        """
+        if self._sharded is None:
+            super().load_state_dict(state_dict)
+        else:
+            self._sharded.load_state_dict(state_dict)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -122,7 +181,13 @@ class Synchronous(DistributedOptimizer):
             self._reducer.samples = before
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Clips the norm of all gradients together, as torch's function of that name; returns the norm before."""
+        """Clips the norm of all gradients together, as torch's function of that name; returns the norm before.
+
+        With `shard` a collective, and equal to torch's to round-off.
+        """
+        if self._sharded is not None:
+            self._reducer.check_steppable()
+            return self._sharded.clip_grad_norm_(max_norm)
         return torch.nn.utils.clip_grad_norm_([p for _, p in self._held], max_norm)
 
     def request_stop(self) -> None:
@@ -145,8 +210,11 @@ class Synchronous(DistributedOptimizer):
 
     def _close(self) -> None:
         self._reducer.check_whole("finish")
-        self._reducer.join()
-        if self._reducer.uneven is not None:
+        self._reducer.join(None if self._sharded is None else self._sharded.answer)
+        if self._sharded is not None:
+            self._release()
+            self._sharded.free()
+        elif self._reducer.uneven is not None:
             state.broadcast_model(self._ranks, self._model, self._reducer.uneven)
             state.broadcast_optimizer(self._ranks, self._inner, self._reducer.uneven)
         self._reducer.close()

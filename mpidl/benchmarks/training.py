@@ -1,4 +1,7 @@
-"""Whole training steps of two models: mpidl.Synchronous, torch DDP over gloo, and trainers that do not communicate."""
+"""Whole training steps of two models: mpidl.Synchronous, torch DDP over gloo, and trainers that do not communicate.
+
+Beside them what a step does after backward alone, with shards and without (`updates`).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpidl.benchmarks import gloo, models, targets
+from mpidl.benchmarks import gloo, models, targets, updates
 from mpidl.benchmarks.harness import Case, Contender, Field
 from mpidl.benchmarks.models import Work
 from mpidl.benchmarks.ranks import Together
@@ -39,11 +42,12 @@ def cases(ranks: int, quick: bool) -> list[Case]:
 
 @contextmanager
 def _trainers(ranks: Together, work: Work) -> Iterator[Field]:
-    made = [_independent, _synchronous]
+    made = [_independent, _synchronous, _sharded]
     made += [_ddp] if gloo.available() else []
     made += [_horovod] if importlib.util.find_spec("horovod") is not None else []
     with ExitStack() as stack:
-        yield Field(ranks, [stack.enter_context(make(ranks, work)).contender() for make in made])
+        trainers = [stack.enter_context(make(ranks, work)).contender() for make in made]
+        yield Field(ranks, [*trainers, *stack.enter_context(updates.contenders(ranks, work))])
 
 
 class _Trainer:
@@ -56,6 +60,7 @@ class _Trainer:
         optimizer: takes the step.
         settle: called after backward and before gradients are looked at; for ways that communicate later.
         alone: gradients are this rank's own.
+        gradients: looks at all of them, flat; None for `p.grad` of every parameter.
     """
 
     def __init__(
@@ -69,7 +74,9 @@ class _Trainer:
         optimizer: torch.optim.Optimizer,
         settle: Callable[[], object] = lambda: None,
         alone: bool = False,
+        gradients: Callable[[], np.ndarray[Any, Any]] | None = None,
     ) -> None:
+        self._gradients = gradients or (lambda: np.concatenate([_gradient(p).ravel() for p in model.parameters()]))
         self._ranks, self._work, self._name, self._alone = ranks, work, name, alone
         self._model, self._forward, self._optimizer, self._settle = model, forward, optimizer, settle
         generator = torch.Generator().manual_seed(ranks.rank)
@@ -101,7 +108,7 @@ class _Trainer:
         self._optimizer.zero_grad()
         self._backward(self._forward)
         self._settle()
-        found = np.concatenate([_gradient(p).ravel() for p in self._model.parameters()])
+        found = self._gradients()
         error = float(np.abs(found - total).max() / np.abs(total).max())
         if not error <= _TOLERANCE:  # also when it is not a number
             return f"gradients are wrong by {error:.1e} of the largest"
@@ -139,6 +146,23 @@ def _synchronous(ranks: Together, work: Work) -> Iterator[_Trainer]:
     model, inner = _new(work)
     optimizer = Synchronous(inner, model, comm=ranks.comm)
     yield _Trainer(ranks, work, targets.SYNCHRONOUS, model, forward=model, optimizer=optimizer)
+    optimizer.finish()
+
+
+@contextmanager
+def _sharded(ranks: Together, work: Work) -> Iterator[_Trainer]:
+    model, inner = _new(work)
+    optimizer = Synchronous(inner, model, comm=ranks.comm, shard=True)
+    trainer = _Trainer(
+        ranks,
+        work,
+        targets.SHARDED,
+        model,
+        forward=model,
+        optimizer=optimizer,
+        gradients=lambda: updates.gathered(ranks, optimizer),
+    )
+    yield trainer
     optimizer.finish()
 
 

@@ -41,6 +41,11 @@ _positive = click.IntRange(min=1)
     show_default=True,
     help="How many of the last ranks only hold the model for the others; not in the synchronous way.",
 )
+@click.option(
+    "--shard",
+    is_flag=True,
+    help="Ranks of a node share one copy of the weights, and all the optimiser's state; synchronous only.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of model, order and dropout.")
 @click.option(
     "--output",
@@ -69,6 +74,7 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     batch_size: int,
     communication_window: int,
     servers: int,
+    shard: bool,
     seed: int,
     output: Path | None,
     overwrite: bool,
@@ -130,6 +136,7 @@ def command(  # noqa: PLR0917 - click passes each option by its name
         batch_size=batch_size,
         communication_window=communication_window,
         servers=servers,
+        shard=shard,
         seed=seed,
         overwrite=overwrite,
         resume=resume,

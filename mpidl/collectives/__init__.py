@@ -5,7 +5,8 @@ Arrays, results and requests of the user's stand above, in `operations` and `com
 
 from mpidl.collectives.agreement import Call, describe_reduction, disagreement, number
 from mpidl.collectives.chosen import Collectives
+from mpidl.collectives.shards import Shards
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
 
-__all__ = ["Call", "Collectives", "Driven", "Source", "Steps", "describe_reduction", "disagreement", "number"]
+__all__ = ["Call", "Collectives", "Driven", "Shards", "Source", "Steps", "describe_reduction", "disagreement", "number"]

@@ -32,6 +32,8 @@ def workers(settings: Settings) -> Communicator:
             f"--servers {settings.servers}: --algorithm synchronous has no parameter server; "
             "the asynchronous algorithms do"
         )
+    if settings.shard and not settings.synchronous:
+        raise RefusedError(f"--shard: --algorithm {settings.algorithm} cannot share weights; synchronous can")
     try:
         return mpidl.world(servers=settings.servers)
     except (ArgumentError, MismatchError) as error:  # raised alike on every rank

@@ -82,9 +82,9 @@ class Subject:
         }
 
     def optimizer(self) -> dict[str, Any]:
-        """State of optimiser and scheduler."""
+        """State of optimiser and scheduler; synchronous: a collective."""
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": self.way.optimizer.state_dict(), "scheduler": scheduler}
+        return {"optimizer": self.way.optimizer_state(), "scheduler": scheduler}
 
     def local(self) -> dict[str, Any]:
         """What this rank alone holds. Buffers (BatchNorm statistics) differ between ranks while they train."""
@@ -186,10 +186,10 @@ class SynchronousSaver:
     def _write(self, draft: Draft) -> tuple[int, dict[str, Entry]]:
         """Writes every rank's files; returns the samples of all ranks and what the manifest says of all files."""
         subject, comm = self._subject, self._subject.comm
-        local = subject.local()
+        local, training = subject.local(), subject.optimizer()
         state.average_buffers(comm.topology, subject.model)  # in the model that is saved, as at `finish()`
         try:
-            mine = everywhere(comm, lambda: _refusing(lambda: self._files(draft, local)))
+            mine = everywhere(comm, lambda: _refusing(lambda: self._files(draft, local, training)))
         finally:
             with torch.no_grad():
                 for name, buffer in subject.model.named_buffers():
@@ -200,11 +200,11 @@ class SynchronousSaver:
         entries = {name: Entry(**entry) for each in everyone for name, entry in each["files"].items()}
         return sum(each["samples"] for each in everyone), entries
 
-    def _files(self, draft: Draft, local: Mapping[str, Any]) -> dict[str, Entry]:
+    def _files(self, draft: Draft, local: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Entry]:
         rank = self._subject.comm.rank
         entries = {local_name(rank): draft.add(local_name(rank), encode(local))}
         if rank == 0:
-            entries |= _add_shared(draft, self._subject.way.shared(), self._subject.optimizer())
+            entries |= _add_shared(draft, self._subject.way.shared(), training)
         return entries
 
 

@@ -223,6 +223,7 @@ class _Run:
             **self.way.totals(),
             "ranks": self.comm.size,
             "servers": self.comm.servers,
+            "shard": settings.shard,
             "nodes": self.comm.nodes,
             "link": (link := self.comm.topology.link) and link.as_dict(),
             "threads_per_rank": torch.get_num_threads(),

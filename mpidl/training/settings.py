@@ -20,6 +20,7 @@ class Settings:
     epochs: int = 20
     batch_size: int = 16  # samples per rank and step
     communication_window: int = 3  # local steps per exchange, asynchronous only
+    shard: bool = False  # ranks share weights and optimiser state, synchronous only
     servers: int = 0  # of the last ranks, which then do not train; asynchronous only
     seed: int = 0
     overwrite: bool = False

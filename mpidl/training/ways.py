@@ -16,6 +16,8 @@ import torch
 
 import mpidl
 from mpidl.communicator import Communicator
+from mpidl.errors import ArgumentError, DtypeError, SharedMemoryError
+from mpidl.training.agreement import RefusedError
 from mpidl.training.settings import Settings
 
 
@@ -51,6 +53,9 @@ class Way(Protocol):
 
     def shared(self) -> Shared:
         """Returns what is to be saved now; called on rank 0 only, no collective."""
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Returns the optimiser's state; synchronous: a collective."""
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         """Goes on with the counts of an earlier part of this run."""
@@ -89,6 +94,11 @@ class SynchronousWay:
 
     def shared(self) -> Shared:
         return Shared(dict(self._model.state_dict()))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Of all ranks, whether they share it out or not."""
+        state: dict[str, Any] = self.optimizer.full_state_dict()
+        return state
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         vars(self.optimizer.statistics).update(saved)
@@ -140,6 +150,10 @@ class AsynchronousWay:
         exact = all(value.dtype == wide.dtype for value in center.values())
         return Shared(model, clock, None if exact else wide)
 
+    def optimizer_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
+
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         statistics = self.optimizer.statistics
         vars(statistics).update({**saved, "staleness": Counter(saved["staleness"])})
@@ -172,7 +186,11 @@ class AsynchronousWay:
 def new_way(settings: Settings, optimizer: torch.optim.Optimizer, model: torch.nn.Module, comm: Communicator) -> Way:
     """Wraps the job's optimiser as the settings ask; a collective, as the constructors are."""
     if settings.synchronous:
-        return SynchronousWay(mpidl.Synchronous(optimizer, model, comm=comm), model, comm)
+        try:
+            synchronous = mpidl.Synchronous(optimizer, model, comm=comm, shard=settings.shard)
+        except (ArgumentError, DtypeError, SharedMemoryError) as error:  # alike on every rank
+            raise RefusedError(f"--shard: {error}" if settings.shard else str(error)) from error
+        return SynchronousWay(synchronous, model, comm)
     kind = {"downpour": mpidl.Downpour, "agn": mpidl.AGN}[settings.algorithm]
     window = settings.communication_window
     return AsynchronousWay(kind(optimizer, model, communication_window=window, comm=comm), model, comm)

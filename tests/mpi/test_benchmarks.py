@@ -10,13 +10,21 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl.benchmarks import allreduce, parameter_server, targets, training
+from mpidl.benchmarks import allreduce, memory, parameter_server, targets, training
 from mpidl.benchmarks.harness import Case, Contender, Plan, measure
 from mpidl.benchmarks.ranks import Together
+from mpidl.bucket_memory import BucketMemory
 from mpidl.parameter_server.server import Server
-from mpidl.reducer import Reducer
 
 RANKS = (2,)
+TRAINERS = (
+    targets.INDEPENDENT,
+    targets.SYNCHRONOUS,
+    targets.SHARDED,
+    targets.DDP,
+    targets.REDUCE_UPDATE,
+    targets.SHARDED_UPDATE,
+)
 
 
 @pytest.fixture
@@ -51,14 +59,22 @@ def test_an_allreduce_that_never_sends_is_found(ranks: Together, monkeypatch: py
 
 
 def test_gradients_are_right(ranks: Together) -> None:
-    assert complaints(ranks, training) == {targets.INDEPENDENT: "", targets.SYNCHRONOUS: "", targets.DDP: ""}
+    assert set(complaints(ranks, training).items()) == {(name, "") for name in TRAINERS}
 
 
 def test_gradients_that_were_never_reduced_are_found(ranks: Together, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reducer, "_write_back", lambda *_: None)
+    monkeypatch.setattr(BucketMemory, "write_back", lambda *_, **__: None)
     found = complaints(ranks, training)
     assert "gradients are wrong" in found.pop(targets.SYNCHRONOUS)
     assert set(found.values()) == {""}
+
+
+@pytest.mark.parametrize("way", memory.WAYS)
+def test_memory_is_measured(ranks: Together, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(memory, "_WIDTH", 700)
+    report = memory.measure(way, ranks)
+    assert report.weights == pytest.approx(6 * 700 * 700 * 4 / 2**20)
+    assert 0.5 < report.rank / report.weights < 20
 
 
 def test_no_commit_is_missing(ranks: Together) -> None:

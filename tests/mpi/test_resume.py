@@ -137,6 +137,22 @@ def test_what_was_measured_of_the_link_holds_on(comm, folder, monkeypatch):
     assert summary(output)["link"] == measured
 
 
+def test_a_sharded_run_and_an_unsharded_one_go_on_from_each_other(comm, folder):
+    assert train(comm, folder / "whole") == 0
+    for name, first, then in (("sharded", True, True), ("to", False, True), ("from", True, False)):
+        assert train(comm, folder / name, 5, shard=first) == 75
+        comm.barrier()
+        assert train(comm, folder / name, resume=True, shard=then) == 0
+        found, expected = content(newest(folder / name)), content(newest(folder / "whole"))
+        assert_equal(found["model"], expected["model"])
+        assert_equal(found["training.pt"], expected["training.pt"])
+
+
+def test_sharding_is_refused_where_it_cannot_be(comm, folder):
+    with pytest.raises(RefusedError, match="--shard: --algorithm downpour cannot share weights"):
+        session.run(Settings(job=JOB, output=folder, algorithm="downpour", shard=True), StopAt(None))
+
+
 def test_stopped_again_and_again_a_run_ends_the_same(comm, folder):
     if comm.size != 2:
         return

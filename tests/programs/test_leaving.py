@@ -147,6 +147,40 @@ def test_an_optimizer_that_was_never_finished_is_named(name: str, tmp_path: Path
     assert f"mpidl.{name}: its finish() was never called" in result.stderr
 
 
+SHARDED = """
+import atexit, os, sys, torch, mpidl
+model = torch.nn.Linear(20, 10)
+kept = []
+def at_the_very_end():
+    assert kept and all(v.isfinite().all() for v in [*kept, *model.parameters()])
+    os.write(1, b"read after the end\\n")
+atexit.register(at_the_very_end)
+optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, shard=True)
+kept.append(model.weight.detach())
+address = model.weight.data_ptr()
+model(torch.ones(4, 20)).mean().backward()
+optimizer.step()
+if sys.argv[1:] == ["finish"]:
+    optimizer.finish()
+    assert model.weight.data_ptr() != address
+"""
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_shared_weights_can_be_read_to_the_very_end(finish: bool, tmp_path: Path) -> None:
+    """Neither `finish()` nor an exit without it may leave a parameter in memory that is gone."""
+    file = tmp_path / "program.py"
+    file.write_text(SHARDED)
+    result = run_ranks(2, [sys.executable, str(file), *["finish"] * finish], timeout=60)
+    if finish:
+        assert result.returncode == 0, result.output
+        assert result.stdout.count("read after the end") == 2, result.output
+    else:
+        assert result.returncode != 0
+        assert "mpidl.Synchronous: its finish() was never called" in result.stderr, result.output
+    assert "egmentation" not in result.output and "bus error" not in result.output.lower()
+
+
 REQUEST_LEFT = """
 import numpy as np, mpidl
 comm = mpidl.world()
