@@ -70,6 +70,13 @@ def before_quiet_leave(callback: Callable[[], None]) -> None:
     _quiet_leave.append(callback)
 
 
+def leave_quietly() -> None:
+    """Does what a quiet leave begins with, if this rank may leave so; harmless the second time."""
+    if _failure is None and not _open:
+        for callback in _quiet_leave:
+            callback()
+
+
 def thread_failure() -> str | None:
     """Returns what ended a thread of this process, or None."""
     return _thread_failure
@@ -133,8 +140,7 @@ def _at_exit() -> None:
         return  # a forked child: the MPI state belongs to its parent
     if _failure is None and not _open:
         try:
-            for callback in _quiet_leave:
-                callback()
+            leave_quietly()
             return
         except BaseException as error:  # a signal, while this rank waits for the others
             mark_failed(_named(type(error), error))

@@ -169,6 +169,8 @@ class Channel:
 
     def receive(self, busy: str) -> None:
         """Takes in what has arrived; `busy` is the call in which this rank waits, on whichever communicator."""
+        if self._mpi.Is_finalized():
+            return
         status, buffer = self._mpi.Status(), bytearray(_NOTICE.size)
         while self._comm is not None and self._comm.Iprobe(self._mpi.ANY_SOURCE, _TAG, status):
             source = status.Get_source()
@@ -252,14 +254,13 @@ def receive_all(busy: str) -> None:
         channel.receive(busy)
 
 
-def _leave_all() -> None:
+def leave_all() -> None:
     """Says goodbye on every channel, and takes in everybody else's: MPI must not end with messages on their way.
 
     The others may go on for hours without this rank. It waits here rather than in MPI's own end, where no signal gets
     through; if one of them dies it waits no longer.
     """
-    channels = list(_channels)
-    for channel in channels:
+    for channel in sorted(_channels, key=lambda one: one in _lasting):  # there last: then all has been said
         channel.leave()
     pause = _PAUSES[0]
     while not all(channel.alone() for channel in _lasting):  # of the others some rank may have let go without a word
@@ -268,4 +269,4 @@ def _leave_all() -> None:
     receive_all("")
 
 
-leaving.before_quiet_leave(_leave_all)
+leaving.before_quiet_leave(leave_all)

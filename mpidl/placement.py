@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from mpidl.errors import ArgumentError
 from mpidl.processes import Process
@@ -27,9 +28,10 @@ class Link:
 
     latency: float  # seconds, one way
     per_byte: float  # seconds
+    measured: bool = True  # or supposed, so that choices depend on sizes alone
 
-    def as_dict(self) -> dict[str, float]:
-        return {"latency": self.latency, "per_byte": self.per_byte}
+    def as_dict(self) -> dict[str, Any]:
+        return {"latency": self.latency, "per_byte": self.per_byte, "measured": self.measured}
 
 
 def pretended_node_size() -> int:

@@ -58,6 +58,7 @@ def _start() -> Any:
     if not module.Is_initialized():
         module.Init_thread(module.THREAD_MULTIPLE)
     world = module.COMM_WORLD
+    _wrap_finalize(module)
     leaving.install(f"rank {world.rank} of {world.size}", world.Abort)
     _mpi, _pid = module, os.getpid()
     return _mpi
@@ -77,6 +78,17 @@ def _load() -> Any:
             "or install one with: pip install 'mpidl[mpich]'"
         ) from error
     return MPI
+
+
+def _wrap_finalize(module: Any) -> None:
+    """A program that ends MPI itself leaves then: the others must hear of it before they wait in vain."""
+    finalize = module.Finalize
+
+    def leave() -> None:
+        leaving.leave_quietly()
+        finalize()
+
+    module.Finalize = leave
 
 
 def mpi_library() -> str:

@@ -32,7 +32,13 @@ class BetweenNodes:
             for topology, wire in zip(self._topologies, ("", "bfloat16"), strict=True)
         )
 
+    @property
+    def has_lanes(self) -> bool:
+        """Whether anything but MPI carries out sums."""
+        return self._plain.lanes is not None
+
     def free(self) -> None:
+        """Gives the communicators back; a collective."""
         for topology in self._topologies:
             topology.free()
 
@@ -46,12 +52,16 @@ class BetweenNodes:
         found[targets.NARROW] = self._sum(self._narrow, "direct", x, out)
         return found
 
-    def exchange(self, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> Call:
-        """Returns a call in which two nodes send each other, over one rank each, what an allreduce must: all of x."""
+    def exchange(self, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> tuple[Call, int | None]:
+        """Two nodes send each other, over one rank each, what an allreduce of theirs must: all of x.
+
+        Returns:
+            The call; and whose x it brings to this rank, None if no one's.
+        """
         topology = self._ranks.comm.topology
         first = topology.placement.nodes.index(0), topology.placement.nodes.index(1)
         if topology.rank not in first:
-            return lambda: None
+            return (lambda: None), None
         peer = first[1 - first.index(topology.rank)]
 
         def run() -> None:
@@ -62,7 +72,7 @@ class BetweenNodes:
             ]
             wait_all(topology, requests, "mpidl bench", sequence, (x, out))
 
-        return run
+        return run, peer
 
     @staticmethod
     def _sum(ranks: Collectives, name: str, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> Call:
@@ -79,8 +89,11 @@ class BetweenNodes:
 
 @contextmanager
 def between_nodes(ranks: Together) -> Iterator[BetweenNodes | None]:
-    """Yields None where all ranks share a node."""
+    """Yields None where all ranks share a node, or none share memory: there is nothing to choose."""
     made = BetweenNodes(ranks) if ranks.comm.nodes > 1 else None
+    if made is not None and not made.has_lanes:
+        made.free()
+        made = None
     yield made
     if made is not None:
         made.free()

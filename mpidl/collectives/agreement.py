@@ -31,6 +31,7 @@ class Call:
     device: str = "cpu"  # of this rank's array; may differ between ranks
     error: Exception | None = None
     agreed: bool = False  # the ranks know that all made this call
+    sequence: int = 0  # the call's number on the communicator, once it has begun
     direct: bool = False  # MPI works on this rank's array where it lies, although that is on a device
 
     def describe(self) -> str:
@@ -69,7 +70,7 @@ def agree(topology: Topology, call: Call) -> Generator[Any, None, Call]:
         MismatchError: they did not.
         Exception: what this rank refuses its own arguments with.
     """
-    word = np.array([topology.channel.sequence, number(call.describe())], np.int64)
+    word = np.array([call.sequence, number(call.describe())], np.int64)
     wish = cuda_aware.undecided(topology, call.device)
     mine, least = np.array([*word, *-word, -wish], np.int64), np.empty(5, np.int64)
     yield topology.start_words_minimum(mine, least)
@@ -92,6 +93,4 @@ def explain(topology: Topology, call: Call) -> Steps:
     if call.error is not None:
         raise call.error
     texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone]
-    raise MismatchError(
-        f"call {topology.channel.sequence} on {topology.name} differs between ranks: {disagreement(texts)}"
-    )
+    raise MismatchError(f"call {call.sequence} on {topology.name} differs between ranks: {disagreement(texts)}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +59,8 @@ class Collectives:
         self.forced, self._wire_dtype = "", wire_dtype
         if shared_memory.possible(topology) and _all_want_it(topology, directly):
             self._share(helper)
+        if len(set(topology.placement.nodes)) > 1:
+            costs.link_of(topology)  # now, since it is a collective
 
     def _share(self, helper: bool) -> None:
         topology = self.topology
@@ -70,8 +73,7 @@ class Collectives:
             self.node = node
             self.quick = None if helper else Quick(topology, node)
         else:
-            self.lanes = Lanes(topology, node)
-            costs.link_of(topology)  # now, since it is a collective
+            self.lanes = Lanes(topology, node)  # messages have its tags: a second one needs a topology of its own
 
     def end_helper(self) -> None:
         """Ends the helper, if there is one, when no call is under way."""
@@ -84,14 +86,18 @@ class Collectives:
         return self.node is not None and _node.reduces(dtype, op)
 
     def begin(self, call: Call) -> Generator[Any, None, Call]:
-        """Returns the call as the other methods want it: agreed on, if that cannot travel with the data."""
+        """Returns the call as the other methods want it: agreed on, if that cannot travel with the data.
+
+        To be the first step of a call: later, other calls may have begun, more of them on some ranks than on others.
+        """
+        call = replace(call, sequence=self.topology.channel.sequence)
         if self.node is not None:
             return call
         return (yield from agree(self.topology, call))
 
     def refuse(self, name: str, error: Exception) -> Steps:
         """Tells all ranks that this one refuses its arguments; raises `error`."""
-        yield from self._agree(Call(name, error=error))
+        yield from self._agree(Call(name, error=error, sequence=self.topology.channel.sequence))
         raise error
 
     def barrier(self) -> Steps:
@@ -167,7 +173,7 @@ class Collectives:
             yield from agree(self.topology, call)
 
     def _words(self, call: Call) -> tuple[int, int]:
-        return self.topology.channel.sequence, number(call.describe())
+        return call.sequence, number(call.describe())
 
     def _done(self, call: Call, job: Job) -> Steps:
         yield job

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from mpidl.collectives.in_node import Job, Node, Part
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
 from mpidl.collectives.wires import Scratch, Values, Wire
+from mpidl.errors import MismatchError
 from mpidl.topology import Topology
 
 _SLICE = 1 << 19  # bytes of a leader's slice in one segment
@@ -84,10 +85,14 @@ class Lanes:
 
     def move(self, target: Allreduce, *, patient: bool) -> bool:
         """Moves the oldest on, and those behind it once it has ended, until `target` has; returns whether it has."""
-        while self._queue and not target.done:
-            if not self._queue[0].advance(patient=patient):
-                return False
-            self._queue.popleft()
+        try:
+            while self._queue and not target.done:
+                if not self._queue[0].advance(patient=patient):
+                    return False
+                self._queue.popleft()
+        except BaseException:  # a signal: messages may be half sent, which the next call would take for its own
+            self.topology.channel.give_up("an allreduce across nodes", (self, target))
+            raise
         return target.done
 
 
@@ -145,6 +150,8 @@ class Allreduce:
                 self._reduce(len(self._reduced))
         if self._gathered and not (self._gathered[-1].tried() if patient else self._gathered[-1].Test()):
             return False
+        for job in self._gathered:
+            _check(job)
         self._end()
         return True
 
@@ -152,11 +159,14 @@ class Allreduce:
         """Moves the exchanges on, starts those whose slice is there; returns whether number `index` has ended."""
         for exchange in self._exchanged[index:]:
             exchange.Test()
+        if self._gathered:
+            self._gathered[-1].Test()
         while len(self._exchanged) < len(self._reduced):
             following = self._reduced[len(self._exchanged)]
             idle = len(self._exchanged) == index  # nothing of this rank is on the network
             if not (following.tried() if patient and idle else following.Test()):
                 break
+            _check(following)
             self._exchanged.append(Driven(self._exchange(len(self._exchanged))))
             self._exchanged[-1].Test()
         return len(self._exchanged) > index and self._exchanged[index].Test()
@@ -189,4 +199,12 @@ class Allreduce:
         for memory in self._slices:
             self._lanes.scratch.give_back(memory)
         self._slices = []
+        self._exchanged.clear()
+        self._what = replace(self._what, send=self._what.receive)  # the gradients are the user's alone again
         self.done = True
+
+
+def _check(job: Job) -> None:
+    """What ranks call was agreed on before, so that their words cannot differ; if they do, nothing was moved."""
+    if job.differs:
+        raise MismatchError("ranks of a node came to different parts of an allreduce; this is a fault of mpidl's")

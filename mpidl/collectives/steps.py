@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+from mpidl.errors import ClosedError
+
 Steps = Generator[Any, None, Any]
 
 
@@ -21,7 +23,7 @@ class Driven:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self._pending: Any = None
-        self._done = False
+        self._done = self._broken = False
         self.result: Any = None
 
     def Test(self) -> bool:  # noqa: N802  # as MPI names it
@@ -33,6 +35,8 @@ class Driven:
         return self._move("tried")
 
     def _move(self, how: str) -> bool:
+        if self._broken:
+            raise ClosedError("this call was interrupted half-way")
         while not self._done:
             if self._pending is not None and not getattr(self._pending, how, self._pending.Test)():
                 return False
@@ -40,4 +44,7 @@ class Driven:
                 self._pending = next(self._steps)
             except StopIteration as stop:
                 self._done, self._pending, self.result = True, None, stop.value
+            except BaseException:
+                self._broken = True  # a generator that has raised would look like one that has ended
+                raise
         return True

@@ -191,9 +191,12 @@ def _said(comm: Communicator, settings: Settings, origin: Origin) -> str:
 def reuse_link(origin: Origin, comm: Communicator) -> None:
     """Lets what was measured of the link between nodes hold on, if the ranks are placed as they were.
 
-    Algorithms are chosen by it, and the bits of a sum depend on them. Before the optimiser is made, on every rank.
+    Algorithms are chosen by it, and the bits of a sum depend on them. MPIDL_DETERMINISTIC=1 asks for none. Before the
+    optimiser is made, on every rank.
     """
-    world = origin.checkpoint.manifest["world"]
+    world, now = origin.checkpoint.manifest["world"], comm.topology.link
+    if now is not None and not now.measured:
+        return
     if world.get("link") and world["nodes"] == list(comm.topology.placement.nodes):
         comm.topology.link = Link(**world["link"])
 

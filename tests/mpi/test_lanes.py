@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,8 @@ import pytest
 import torch
 
 import mpidl
-from mpidl import arrays
-from mpidl.collectives import Collectives, Source, costs
+from mpidl import arrays, leaving
+from mpidl.collectives import Collectives, Source, costs, wires
 from mpidl.collectives import lanes as lanes_module
 from mpidl.packing import Table
 
@@ -61,7 +63,6 @@ def values(rank: int, count: int, dtype: str) -> np.ndarray[Any, Any]:
 
 
 def test_every_rank_gets_the_reduction(comm: mpidl.Communicator, algorithm: str):
-    before = comm.topology.channel.sequence
     for dtype in ("float32", "float64", "int32", "int64", "float16"):
         for count in COUNTS:
             inputs = [values(rank, count, dtype) for rank in range(comm.size)]
@@ -69,7 +70,6 @@ def test_every_rank_gets_the_reduction(comm: mpidl.Communicator, algorithm: str)
                 assert np.array_equal(comm.allreduce(inputs[comm.rank], op), function.reduce(inputs)), (dtype, op)
             x = inputs[comm.rank].copy()
             assert np.array_equal(comm.allreduce(x, out=x), np.add.reduce(inputs))  # in place
-    assert comm.topology.channel.sequence > before
 
 
 def test_means_and_bits(comm: mpidl.Communicator, algorithm: str):
@@ -151,6 +151,53 @@ def test_a_forced_algorithm_is_taken(comm: mpidl.Communicator, monkeypatch: pyte
         taken.clear()
         assert (comm.allreduce(np.ones(10)) == comm.size).all()
         assert len(taken) == expected
+
+
+def test_calls_under_way_keep_their_number_whatever_begins_meanwhile(comm: mpidl.Communicator, algorithm: str):
+    x = np.full(3000, comm.rank + 1.0)
+    request = comm.iallreduce(x)
+    for _ in range(50 if comm.rank % 2 else 0):  # so that some ranks have come further
+        request.test()
+    duplicate = comm.topology.duplicate("begins calls of its own")
+    assert (request.wait() == comm.size * (comm.size + 1) / 2).all()
+    duplicate.free()
+
+
+def test_an_interrupt_half_way_leaves_no_message_to_be_taken_for_another(
+    comm: mpidl.Communicator, algorithm: str, monkeypatch: pytest.MonkeyPatch
+):
+    topology = comm.topology.duplicate("is given up")
+    ranks = Collectives(topology)
+    x, out = arrays.view(np.ones(3000)), arrays.view(np.empty(3000))
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wires.Wire, "send", interrupt)
+    interrupted, until = False, time.monotonic() + 1
+    try:
+        request = ranks.start_sum((1, 1), x, out, 1)
+        while time.monotonic() < until:
+            assert not request.tried()  # whoever is not interrupted waits for one that is
+    except KeyboardInterrupt:
+        interrupted = True
+        with pytest.raises(mpidl.ClosedError, match="an allreduce across nodes was given up half-way"):
+            topology.begin()
+    monkeypatch.undo()
+    assert comm.allreduce(np.array([int(interrupted)]), "max")[0]
+    leaving._open.clear()  # what was given up would end the job when this rank leaves
+    comm.barrier()
+
+
+def test_gradients_are_let_go_when_they_have_been_reduced(comm: mpidl.Communicator, algorithm: str):
+    model = torch.nn.Linear(100, 10)
+    optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+    model(torch.ones(2, 100)).sum().backward()
+    optimizer.step()
+    gradient = weakref.ref(model.weight.grad)
+    optimizer.zero_grad()
+    assert gradient() is None
+    optimizer.finish()
 
 
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])

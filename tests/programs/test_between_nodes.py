@@ -96,6 +96,26 @@ def test_a_rank_that_waits_for_the_others_to_leave_hears_signals(tmp_path: Path)
     assert result.seconds < 20
 
 
+ENDS_MPI = """
+import sys, mpidl
+from mpi4py import MPI
+comm = mpidl.world()
+comm.barrier()
+if sys.argv[1] == "all" or comm.rank == 0:
+    MPI.Finalize()
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+def test_a_program_may_end_mpi_itself(tmp_path: Path, who: str) -> None:
+    file = tmp_path / "program.py"
+    file.write_text(ENDS_MPI)
+    result = run_ranks(2, [sys.executable, str(file), who], timeout=60)
+    assert result.returncode == 0, result.output
+    assert result.stdout.count("ended") == 2
+
+
 FEWER_THREADS = """
 import mpi4py
 mpi4py.rc.thread_level = "serialized"
