@@ -10,7 +10,7 @@ from training_helpers import assert_alike, assert_close
 
 import mpidl
 
-WITH_OTHERS = True
+TIME_LIMIT = 600
 
 OPTIMIZERS = {
     "sgd": lambda p, **o: torch.optim.SGD(p, lr=0.1, **o),

@@ -298,3 +298,35 @@ def test_hooks_and_copies_and_files(comm, tmp_path):
     optimizer.step()
     assert_alike(comm, model)
     optimizer.finish()
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_reentrant_checkpointing_of_a_layer_used_twice(comm, zero):
+    """A bucket may be launched before its gradient is whole, and is sent again."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(7)
+            self.first, self.again = (torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            for layer in (self.first, self.again, self.again):
+                x = torch.tanh(torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True))
+            return x.sum(1, keepdim=True)
+
+    models = []
+    for shard in (False, True):
+        model = Twice()
+        options = {"comm": comm, "bucket_cap_mb": 1e-5, "shard": shard}
+        with mpidl.Synchronous(momentum(model.parameters()), model, **options) as optimizer:
+            for step in range(3):
+                if zero:
+                    optimizer.zero_grad()
+                loss_of(model, batch(comm.rank, step)).backward()
+                optimizer.step()
+            assert optimizer.statistics.rounds == 3
+        models.append(model)
+    assert_close(models[1], models[0])
+    assert_alike(comm, models[1])
