@@ -21,6 +21,7 @@ from mpidl.cli import launcher
 
 MPIDL = str(Path(sys.executable).with_name("mpidl"))  # the command as installed
 TIME_LIMIT = 300.0  # seconds one launch may take, unless its caller says otherwise
+WHOLE_TORCH = {"PYTHONPATH": ""}  # as `env`: nothing of torch is put off, see ranks_site/sitecustomize.py
 TIMED_OUT = 124  # the return code of a launch that was ended by its time limit, as timeout(1) has it
 
 _MARK = "MPIDL_TESTS_LAUNCH"  # in the environment of every process of a launch; value: one launch's own word
@@ -160,8 +161,10 @@ def run_ranks(
 
 
 def environment_for_tests(added: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The tests' environment without the developer's thread counts, with `added`."""
-    return {**{name: value for name, value in os.environ.items() if name not in _DROPPED}, **(added or {})}
+    """The tests' environment without the developer's thread counts, with what ranks need to start fast and `added`."""
+    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
+    paths = [str(Path(__file__).with_name("ranks_site")), *filter(None, [kept.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), **(added or {})}
 
 
 def alive(pid: int) -> bool:

@@ -53,12 +53,19 @@ index=()
 
 say() { printf '\n== %s\n' "$*"; }
 
+# Built once: two compilations take a minute, and a wheel serves every MPI.
 prepare() { # mpi
-    local venv=$environments/.venv-$1
+    local venv=$environments/.venv-$1 wheels=("$folder"/*.whl)
+    local pip=("$venv/bin/pip" --disable-pip-version-check --quiet)
     say "$1: preparing $venv"
     [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
-    rm -rf build # left by an earlier installation; setuptools would pack files that are no longer in the source
-    "$venv/bin/pip" --disable-pip-version-check install --quiet -c jobs/constraints.txt "${index[@]}" ".[$1,jobs,plot,test]"
+    if [ ! -e "${wheels[0]}" ]; then
+        rm -rf build # left by an earlier build; setuptools would pack files that are no longer in the source
+        "${pip[@]}" wheel --no-deps --wheel-dir "$folder" .
+        wheels=("$folder"/*.whl)
+    fi
+    "${pip[@]}" install -c jobs/constraints.txt "${index[@]}" "${wheels[0]}[$1,jobs,plot,test]"
+    "${pip[@]}" install --no-deps --force-reinstall "${wheels[0]}" # pip leaves one of the same version as it is
 }
 
 # A suite writes one line of totals when it comes to its end; one that does not has failed as a whole.

@@ -13,6 +13,7 @@ import mpidl
 from mpidl import runtime
 
 BOTH = [mpidl.Downpour, mpidl.AGN]
+WITH_OTHERS = True
 SIZES = (1, 2, 3, 4, (1, 1), (3, 1), (2, 2))
 SERVERS = (0, 1, 2)
 TIME_LIMIT = 600

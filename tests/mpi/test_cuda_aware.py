@@ -35,6 +35,7 @@ from test_devices import (  # noqa: F401 - run again, with this file's `fake`
     test_strided_arrays,
 )
 
+WITH_OTHERS = True
 SIZES = (1, 4)
 CHILD = Path(__file__).parents[1] / "cuda_host" / "probe_child.py"
 Probes = Callable[..., None]

@@ -16,6 +16,7 @@ import mpidl
 from mpidl import communicator, runtime
 from mpidl.parameter_server.server import Server
 
+WITH_OTHERS = True
 ELEMENTS = 64 * 12  # a shard for each of up to 12 owners
 
 

@@ -20,6 +20,7 @@ from mpidl.processes import Process
 from mpidl.topology import Topology
 from mpidl.window import Window
 
+WITH_OTHERS = True
 RANKS = (4, 8)
 SERVERS = (0, 1, 2)
 SIZES = (1, 3, 4, 8, (1, 1), (2, 2), (6, 2))

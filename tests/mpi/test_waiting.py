@@ -12,6 +12,7 @@ import pytest
 import mpidl
 from mpidl import waiting
 
+WITH_OTHERS = True
 SIZES = (4,)  # each test waits for seconds
 
 

@@ -54,9 +54,13 @@ def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
     assert report["torch threads"].startswith("WARN" if crowded else "ok")
 
 
-def test_memory_that_is_there_and_not_shared_is_said_to_be() -> None:
-    result = run_ranks(2, DOCTOR, timeout=120, env={"MPIDL_SHARED_MEMORY": "0"})
-    assert "not used: ranks of a node exchange their data by MPI" in lines(result.stdout)["shared memory"]
+def test_memory_that_is_not_shared_is_said_to_be_and_too_many_threads_are_a_warning() -> None:
+    threads = len(os.sched_getaffinity(0))  # all cores, for each of the two ranks
+    variables = {"MPIDL_SHARED_MEMORY": "0", "OMP_NUM_THREADS": str(threads)}
+    report = lines(run_ranks(2, DOCTOR, timeout=120, env=variables).stdout)
+    assert "not used: ranks of a node exchange their data by MPI" in report["shared memory"]
+    assert report["torch threads"].startswith("WARN")
+    assert "OMP_NUM_THREADS" in report["torch threads"]
 
 
 def test_several_nodes_get_lines_of_their_own() -> None:
@@ -98,13 +102,6 @@ def test_instructions_that_packing_does_not_have_are_a_failure() -> None:
     done = alone(MPIDL_INSTRUCTIONS="sse9")
     assert done.returncode == 1
     assert "FAIL  extension: MPIDL_INSTRUCTIONS is 'sse9', which is not known: unset it, or set one of" in done.stdout
-
-
-def test_too_many_threads_are_a_warning() -> None:
-    variables = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # all cores, for each of the two ranks
-    report = lines(run_ranks(2, DOCTOR, timeout=120, env=variables).stdout)
-    assert report["torch threads"].startswith("WARN")
-    assert "OMP_NUM_THREADS" in report["torch threads"]
 
 
 def test_without_mpi_one_sentence_says_what_to_install() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from launching import MPIDL, Running, environment_for_tests
 
-DIGITS = Path(__file__).parents[2] / "jobs" / "digits.py"
+TINY = Path(__file__).with_name("tiny_job.py")
 
 RANK = """
 import os, sys, time
@@ -90,8 +90,8 @@ def test_ctrl_c_twice_ends_the_job(sleeping: Running) -> None:
 def test_on_a_terminal_a_bar_is_drawn_through_the_launcher_s_pipes(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
-    arguments = ["--epochs", "1", "--output", str(tmp_path / "out")]
-    program = ["mpidl", "train", str(DIGITS), *arguments]
+    arguments = ["--epochs", "1", "--batch-size", "4", "--output", str(tmp_path / "out")]
+    program = ["mpidl", "train", str(TINY), *arguments]
     command = [MPIDL, "run", "-n", "2", "--", *program]
     process = subprocess.Popen(command, env=environment_for_tests(), stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -101,7 +101,7 @@ def test_on_a_terminal_a_bar_is_drawn_through_the_launcher_s_pipes(tmp_path: Pat
     assert process.wait(timeout=120) == 0, shown.decode()
     assert b"\x1b[" in shown
     assert "━" in shown.decode()
-    assert b"45/45" in shown
+    assert b"8/8" in shown
     assert b"samples/s" in shown
 
 
@@ -115,7 +115,7 @@ def _read(descriptor: int) -> bytes:
 def test_ctrl_c_once_lets_training_end_with_its_outputs(tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["--epochs", "100000", "--algorithm", "downpour", "--output", str(output)]
-    running = mpidl_run(2, "mpidl", "train", str(DIGITS), *arguments)
+    running = mpidl_run(2, "mpidl", "train", str(TINY), *arguments)
     while not list(output.glob("checkpoints/0*")):
         assert running.process.poll() is None, running.printed()
         assert running.seconds < 120, running.printed()

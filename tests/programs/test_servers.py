@@ -15,7 +15,7 @@ from launching import MPIDL, Result, run_ranks, start_ranks
 
 TOP = Path(__file__).parents[2]
 LEAVER = Path(__file__).with_name("leaving") / "leaver.py"
-DIGITS = TOP / "jobs" / "digits.py"
+TINY = Path(__file__).with_name("tiny_job.py")
 LIMIT = 10.0  # seconds from the leaving of one rank to the end of all
 
 
@@ -215,23 +215,24 @@ def summary(output: Path) -> dict[str, Any]:
 
 def test_mpidl_train_with_a_server_and_resume(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    program = [MPIDL, "train", str(DIGITS), "--algorithm", "downpour", "--servers", "1", "--output", str(output)]
+    arguments = ["--algorithm", "downpour", "--servers", "1", "--batch-size", "6", "--output", str(output)]
+    program = [MPIDL, "train", str(TINY), *arguments]
     for epochs, more in ((1, []), (2, ["--resume"])):
         result = run_ranks(3, [*program, "--epochs", str(epochs), *more], timeout=120)
         assert result.returncode == 0, result.output
         found = summary(output)
-        assert (found["ranks"], found["servers"], found["held_out_samples"]) == (2, 1, 360)
-        assert found["samples"] == epochs * 2 * 719  # each worker's padded half of 1,437
-        assert sum(found["staleness"].values()) == found["commits"] == epochs * 30  # 2 x 45 steps, windows of 3
+        assert (found["ranks"], found["servers"], found["held_out_samples"]) == (2, 1, 8)
+        assert found["samples"] == epochs * 64
+        assert sum(found["staleness"].values()) == found["commits"] == epochs * 4  # 2 x 6 steps, windows of 3
         manifest = json.loads((output / found["checkpoint"] / "manifest.json").read_text())
-        assert manifest["clock"] == epochs * 30  # went on from where it was
+        assert manifest["clock"] == epochs * 4  # went on from where it was
         assert manifest["world"]["ranks"] == 2
     names = sorted(entry.name for entry in output.iterdir())
     assert names == ["checkpoints", "metrics.0.jsonl", "metrics.1.jsonl", "summary.json"]
 
 
 def test_servers_of_the_synchronous_way_are_refused_by_name(tmp_path: Path) -> None:
-    program = [MPIDL, "train", str(DIGITS), "--servers", "1", "--output", str(tmp_path / "x")]
+    program = [MPIDL, "train", str(TINY), "--servers", "1", "--output", str(tmp_path / "x")]
     refused = run_ranks(2, program, timeout=120)
     assert refused.returncode == 2, refused.output
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("mpidl: ")]
@@ -242,7 +243,7 @@ def test_servers_of_the_synchronous_way_are_refused_by_name(tmp_path: Path) -> N
 def test_a_stop_on_request_keeps_its_status(tmp_path: Path) -> None:
     """The launcher passes the signal on to all ranks: the server goes on serving while the workers save."""
     arguments = ["--algorithm", "agn", "--servers", "1", "--epochs", "100000", "--output", str(tmp_path)]
-    running = start_ranks(3, [MPIDL, "train", str(DIGITS), *arguments])
+    running = start_ranks(3, [MPIDL, "train", str(TINY), *arguments])
     while not list(tmp_path.glob("checkpoints/0*")):
         assert running.process.poll() is None, running.printed()
         assert running.seconds < 120, running.printed()

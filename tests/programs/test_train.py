@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import MPIDL, Result, run_ranks
+from launching import MPIDL, WHOLE_TORCH, Result, run_ranks
 from safetensors.torch import load_file
 
 from mpidl.training import job as jobs
@@ -85,7 +85,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     algorithm, ranks, epochs = request.param
     output = tmp_path_factory.mktemp("runs") / "digits"
     arguments = ["--algorithm", algorithm, "--epochs", str(epochs), "--output", str(output)]
-    result = train(ranks, str(DIGITS), *arguments)
+    result = train(ranks, str(DIGITS), *arguments, env=WHOLE_TORCH if algorithm == "synchronous" else None)
     assert result.returncode == 0, result.output
     return Run(algorithm, ranks, epochs, result, output)
 

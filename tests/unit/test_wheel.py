@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,9 +62,16 @@ def distributions(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return sdist, wheel
 
 
+# Stands for a compiler that has done it before, and in the same words.
+COPIES = """
+import shutil, sys
+shutil.copyfile({!r}, sys.argv[sys.argv.index("-o") + 1])
+"""
+
+
 @pytest.fixture(scope="module")
-def cuda_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel that was built where nvcc is found; nvcc takes its time, so it is built once."""
+def cuda_wheel(tree: Path, distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that was built where nvcc is found, once: nvcc takes its time. The C in it is that of the other wheel."""
     home = os.environ.get("CUDA_HOME")
     if shutil.which("nvcc", path=str(Path(home, "bin")) if home else None) is None:
         pytest.skip("nvcc was not found: no wheel with CUDA can be built")
@@ -81,7 +89,12 @@ def cuda_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder),
         str(folder / "tree"),
     ]
-    environ = {**os.environ, "MPIDL_WERROR": "1", "MPIDL_CUDA": "1"}
+    with zipfile.ZipFile(distributions[1]) as archive:
+        library = archive.extract("mpidl/_mpidl.so", folder)
+    copies = folder / "copies.py"
+    copies.write_text(COPIES.format(library))
+    compiler = shlex.join([sys.executable, str(copies)])
+    environ = {**os.environ, "MPIDL_WERROR": "1", "MPIDL_CUDA": "1", "CC": compiler}
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
