@@ -42,8 +42,8 @@ class Synchronous(DistributedOptimizer):
             of them, whose state it alone holds; docs/optimizers.md says what that changes. Elementwise optimisers of
             torch.optim and parameters on the cpu only.
         bucket_cap_mb: gradients are reduced in buckets of at most this many MiB while backward goes on.
-        wire_dtype: torch.bfloat16 lets gradients travel in that dtype between nodes, where there are several and the
-            bucket is large enough to go by lanes; sums are taken in float32. None: as they are.
+        wire_dtype: torch.bfloat16 lets float32 gradients travel in that dtype between nodes, in buckets from 256 KiB on
+            (smaller ones if that is faster); sums are taken in float32. None: as they are.
         buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
 
     Raises:

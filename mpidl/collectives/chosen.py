@@ -155,11 +155,12 @@ class Collectives:
         if divisor != 1 and receive is not None:
             arrays.divide(receive, divisor)
 
-    def _exchange(self, memory: ArrayView, op: str) -> Exchange | None:
+    def _exchange(self, memory: ArrayView, op: str, wire_dtype: str = "") -> Exchange | None:
         """Returns how leaders exchange their slices of an allreduce, or None if MPI is to carry it out."""
         if self.lanes is None or memory.device != "cpu" or not _node.reduces(memory.dtype, op):
             return None
-        return _EXCHANGES.get(self.forced or costs.choose(self.topology, memory.nbytes))
+        narrow = bool(wire_dtype) and memory.dtype == "float32"
+        return _EXCHANGES.get(self.forced or costs.choose(self.topology, memory.nbytes, narrow=narrow))
 
     def _by_lanes(self, reduction: Reduction) -> Allreduce:
         assert self.lanes is not None
@@ -203,7 +204,7 @@ class Collectives:
         """Starts the sum of `send` over all ranks, divided by `divisor`, into `receive`; they lie apart."""
         if self.node is not None:
             return self.node.reduce_like("allreduce", words, send, receive, "sum", divisor=float(divisor))
-        exchange = self._exchange(receive, "sum")
+        exchange = self._exchange(receive, "sum", self._wire_dtype)
         if exchange is not None:
             return self._by_lanes(Reduction(words, send, receive, "sum", float(divisor), exchange, self._wire_dtype))
         return _SumByMPI(self.topology, send, receive, divisor)
@@ -212,7 +213,7 @@ class Collectives:
         """As `start_sum`, of what lies scattered over memory, and does not change before it has ended."""
         if self.node is not None:
             return self.node.allreduce_table(words, source, receive, float(divisor))
-        exchange = self._exchange(receive, "sum")
+        exchange = self._exchange(receive, "sum", self._wire_dtype)
         if exchange is not None:
             return self._by_lanes(Reduction(words, source, receive, "sum", float(divisor), exchange, self._wire_dtype))
         send = arrays.empty_flat(receive.count, receive.dtype)

@@ -20,9 +20,14 @@ from mpidl.topology import Topology, wait_all
 DETERMINISTIC = "MPIDL_DETERMINISTIC"
 ALGORITHMS = ("mpi", "direct", "halving_doubling")
 _USUAL = Link(latency=20e-6, per_byte=1 / 1.25e9, measured=False)  # 10 Gbit/s over TCP
+# From two nodes of one machine, with 1 and 2 ranks each, on both MPIs, links shaped to 1 Gbit/s and not shaped at all.
 _START = 150e-6  # seconds that lanes need beside the network: the jobs of a node, and Python around them
 _MESSAGE = 10e-6  # seconds of a processor for each message
-_TRIES, _SMALL, _LARGE = 5, 8, 1 << 17  # messages each way; bytes
+_LANES_WORK, _MPI_WORK = 1.5e-9, 0.7e-9  # seconds of a processor for each byte; that of lanes goes on beside the link
+_MPI_EXCESS = 1.15  # bytes on the link beyond the least, and waits between them
+_TIE = 1e-9  # seconds: of equals the simpler one
+_NARROW_FROM = 1 << 18  # bytes, from which on narrow data are never left to MPI
+_TRIES, _SMALL, _LARGE = 5, 8, (1 << 17, 1 << 20)  # messages each way; bytes: a burst may pass faster than the rest
 _FASTEST = 1e-11  # seconds per byte: what is measured below is noise
 _LIMIT = 0.08  # seconds; a slow link is measured with fewer messages
 
@@ -38,28 +43,32 @@ def link_of(topology: Topology) -> Link:
     return topology.link
 
 
-def choose(topology: Topology, nbytes: int) -> str:
-    """Returns one of `ALGORITHMS`, alike on every rank."""
-    costs = estimates(topology, nbytes)
-    return min(ALGORITHMS, key=costs.__getitem__)
+def choose(topology: Topology, nbytes: int, *, narrow: bool = False) -> str:
+    """Returns one of `ALGORITHMS`, alike on every rank; `narrow` data travel in half their bytes, unless by MPI."""
+    costs = estimates(topology, nbytes, narrow=narrow)
+    if narrow and nbytes >= _NARROW_FROM:
+        costs.pop("mpi")
+    return min(costs, key=costs.__getitem__)
 
 
-def estimates(topology: Topology, nbytes: int) -> dict[str, float]:
-    """Returns the seconds that each of `ALGORITHMS` is expected to take."""
+def estimates(topology: Topology, nbytes: int, *, narrow: bool = False) -> dict[str, float]:
+    """Returns the seconds that each of `ALGORITHMS` is expected to take, in their order."""
     link, counts = link_of(topology), Counter(topology.placement.nodes)
     nodes, lanes = len(counts), min(counts.values())
     core = 1 << (nodes.bit_length() - 1)
-    least = 2 * (nodes - 1) / nodes * nbytes * link.per_byte  # a node sends so much, whoever leads
     rounds = core.bit_length() - 1
+    whole = nbytes * link.per_byte
+    sent = whole / 2 if narrow else whole
     message = link.latency + _MESSAGE
-    beyond = 2 * (message + nbytes / lanes * link.per_byte) if nodes > core else 0.0
-    halving = 2 * (core - 1) / core * nbytes * link.per_byte + 2 * rounds * message + beyond
-    # MPI's own algorithms take ranks one by one: what one rank of a node has had, the next asks for again.
+    beyond = 2 * (message + sent / lanes) if nodes > core else 0.0
+    # A node sends so much at least, whoever leads; where links are fast, processors are the bound.
+    direct = max(2 * (nodes - 1) / nodes * sent, nbytes * _LANES_WORK)
+    halving = max(2 * (core - 1) / core * sent, nbytes * _LANES_WORK)
     steps = 2 * (topology.size - 1).bit_length() * link.latency
     return {
-        "mpi": steps + least * max(1.0, max(counts.values()) / 2),
-        "direct": _START + least + 2 * link.latency + 2 * (nodes - 1) * _MESSAGE,
-        "halving_doubling": _START + halving,
+        "mpi": steps + _MPI_EXCESS * 2 * (nodes - 1) / nodes * whole + nbytes * _MPI_WORK,
+        "direct": _START + direct + 2 * link.latency + 2 * (nodes - 1) * _MESSAGE,
+        "halving_doubling": _START + halving + 2 * rounds * message + beyond + _TIE,
     }
 
 
@@ -81,10 +90,23 @@ def _measured(topology: Topology) -> Link:
     found = np.zeros(2, np.int64)
     if topology.rank in (0, other):
         latency = _half_round_trip(topology, other, _SMALL)
-        seconds = _half_round_trip(topology, other, _LARGE)
-        found[:] = round(latency * 1e12), round(max((seconds - latency) / _LARGE, _FASTEST) * 1e18)
+        for nbytes in _LARGE:
+            seconds = _half_round_trip(topology, other, nbytes)
+            found[:] = round(latency * 1e12), round(max((seconds - latency) / nbytes, _FASTEST) * 1e18)
+            if not _both_go_on(topology, other, seconds < _LIMIT / 20):
+                break
     picoseconds, per_byte = topology.gather_words(found, "measuring a link")[0]
     return Link(int(picoseconds) * 1e-12, int(per_byte) * 1e-18)
+
+
+def _both_go_on(topology: Topology, other: int, wish: bool) -> bool:
+    """Rank 0 decides."""
+    word = np.array([wish], np.uint8)
+    if topology.rank == 0:
+        _pass(topology, topology.start_send, word, other)
+    else:
+        _pass(topology, topology.start_receive, word, 0)
+    return bool(word[0])
 
 
 def _half_round_trip(topology: Topology, other: int, nbytes: int) -> float:

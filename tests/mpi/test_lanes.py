@@ -54,7 +54,7 @@ def algorithm(request: Any, comm: mpidl.Communicator, monkeypatch: pytest.Monkey
         and request.function is not test_every_rank_gets_the_reduction
     ):
         pytest.skip("shown by fewer ranks")
-    monkeypatch.setattr(costs, "choose", lambda *_: request.param)
+    monkeypatch.setattr(costs, "choose", lambda *_, **__: request.param)
     return str(request.param)
 
 

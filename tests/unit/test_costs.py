@@ -1,0 +1,50 @@
+"""Which algorithm is chosen between nodes: pure arithmetic on a placement and a link."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mpidl.collectives import costs
+from mpidl.placement import Link
+
+KIB, MIB = 1 << 10, 1 << 20
+GIGABIT, TEN, HUNDRED = (Link(20e-6, 8e-9), Link(20e-6, 0.8e-9), Link(2e-6, 0.08e-9))
+
+
+def ranks(nodes: list[int], link: Link) -> Any:
+    """As many ranks on each node."""
+    placed = tuple(node for node, count in enumerate(nodes) for _ in range(count))
+    return SimpleNamespace(link=link, size=len(placed), placement=SimpleNamespace(nodes=placed))
+
+
+@pytest.mark.parametrize("nodes", [[1, 1], [2, 2], [3, 1], [8] * 8])
+def test_small_sums_are_left_to_mpi_and_large_ones_go_by_lanes_where_the_link_is_the_bound(nodes: list[int]) -> None:
+    for link in (GIGABIT, TEN, costs._USUAL):
+        assert costs.choose(ranks(nodes, link), 4 * KIB) == "mpi"
+        assert costs.choose(ranks(nodes, link), 16 * MIB) != "mpi"
+
+
+def test_two_nodes_exchange_directly_and_many_by_halving() -> None:
+    for nbytes in (MIB, 64 * MIB):
+        assert costs.choose(ranks([2, 2], GIGABIT), nbytes) == "direct"
+    assert costs.choose(ranks([2] * 256, Link(100e-6, 8e-9)), 4 * MIB) == "halving_doubling"
+    assert costs.choose(ranks([2] * 3, GIGABIT), 64 * MIB) == "direct"  # what is beyond a power of two is dear
+
+
+def test_narrow_data_are_never_left_to_mpi_from_some_size_on() -> None:
+    for link in (GIGABIT, TEN, HUNDRED):
+        for nodes in ([1, 1], [2, 2], [4] * 16):
+            assert costs.choose(ranks(nodes, link), 256 * KIB, narrow=True) != "mpi"
+            assert costs.choose(ranks(nodes, link), KIB, narrow=True) == "mpi"
+    wide = costs.estimates(ranks([1, 1], GIGABIT), 64 * MIB)
+    narrow = costs.estimates(ranks([1, 1], GIGABIT), 64 * MIB, narrow=True)
+    assert narrow["direct"] < 0.51 * wide["direct"]
+    assert narrow["mpi"] == wide["mpi"]
+
+
+def test_a_link_that_is_known_is_not_measured_again() -> None:
+    topology = ranks([1, 1], TEN)
+    assert costs.link_of(topology) is TEN  # it would need a real topology
