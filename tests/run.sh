@@ -53,17 +53,19 @@ index=()
 
 say() { printf '\n== %s\n' "$*"; }
 
-# Built once: two compilations take a minute, and a wheel serves every MPI.
+# One wheel serves every MPI; two compilations would take a minute.
+build() { # mpi: by whose pip
+    local venv=$environments/.venv-$1
+    [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
+    rm -rf build # left by an earlier build; setuptools would pack files that are no longer in the source
+    "$venv/bin/pip" --disable-pip-version-check --quiet wheel --no-deps --wheel-dir "$folder" .
+}
+
 prepare() { # mpi
     local venv=$environments/.venv-$1 wheels=("$folder"/*.whl)
     local pip=("$venv/bin/pip" --disable-pip-version-check --quiet)
     say "$1: preparing $venv"
     [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
-    if [ ! -e "${wheels[0]}" ]; then
-        rm -rf build # left by an earlier build; setuptools would pack files that are no longer in the source
-        "${pip[@]}" wheel --no-deps --wheel-dir "$folder" .
-        wheels=("$folder"/*.whl)
-    fi
     "${pip[@]}" install -c jobs/constraints.txt "${index[@]}" "${wheels[0]}[$1,jobs,plot,test]"
     "${pip[@]}" install --no-deps --force-reinstall "${wheels[0]}" # pip leaves one of the same version as it is
 }
@@ -79,13 +81,26 @@ suite() { # mpi, pytest's arguments
 }
 
 status=0
-for mpi in "${mpis[@]}"; do prepare "$mpi"; done
+build "${mpis[0]}"
+if [ ${#mpis[@]} -gt 1 ]; then # unpacking keeps one core busy: both at once
+    set -m
+    prepare "${mpis[1]}" > "$folder/prepared.log" 2>&1 &
+    second=$!
+    set +m
+fi
+prepare "${mpis[0]}"
+if [ -n "$second" ]; then
+    wait "$second" || { cat "$folder/prepared.log"; exit 1; }
+    second=
+    cat "$folder/prepared.log"
+fi
 [ -z "$prepare_only" ] || exit 0
 left_to_second=() left_to_first=()
 if [ ${#mpis[@]} -gt 1 ]; then
     if [ $# -eq 0 ]; then # what no MPI has a part in, or would be the same on another
         left_to_first=(unit programs/test_train_refused.py programs/test_launching.py programs/test_bench.py)
         left_to_first+=(programs/test_docs.py programs/test_train_fashion_mnist.py mpi/test_cupy.py)
+        left_to_first+=(mpi/test_shared_memory.py mpi/test_helper.py mpi/test_benchmarks.py)
         left_to_second=(mpi/test_device_training.py)
         left_to_first=("${left_to_first[@]/#/--ignore=tests/}")
         left_to_second=("${left_to_second[@]/#/--ignore=tests/}")

