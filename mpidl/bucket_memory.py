@@ -95,9 +95,9 @@ class BucketMemory:
         """Whether a full bucket can be sent; `wait` until it can."""
         return self.full
 
-    def carried(self, index: int) -> bool:
-        """Whether what was reduced before is added to this round's result, and not yet in the gradient itself."""
-        return False
+    def carried(self) -> Sequence[int]:
+        """The parameters of which what was reduced before is added to the result, not being in the gradient itself."""
+        return ()
 
     def write_back(self, used: np.ndarray[Any, Any], carried: np.ndarray[Any, Any], *, stepping: bool) -> None:
         """Makes the reduced gradients the parameters', once the trailer is there.

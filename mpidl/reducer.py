@@ -213,7 +213,8 @@ class Reducer:
         flags = np.zeros(late_from + len(self._memories) + 1, np.uint8)
         flags[list(used)] = 1
         if now.header is not None and self._ranks.rank in now.header.stepping:  # what a rank in finish() holds is old
-            flags[count:late_from] = [self._memories[self._home[index]].carried(index) for index in range(count)]
+            for memory in self._memories:
+                flags[[count + index for index in memory.carried()]] = 1
         flags[[late_from + number for number in now.late]] = 1
         flags[-1] = not all(memory.finite for memory in self._memories[now.dropped :])
         agreed = np.empty_like(np.packbits(flags))

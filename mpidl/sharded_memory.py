@@ -7,6 +7,7 @@ place, so that autograd can add this rank's new gradient; what was reduced befor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,14 +63,17 @@ class ShardedBucketMemory(BucketMemory):
             self._fresh[index] = gradient  # with create_graph autograd adds out of place
         super().pack(index, gradient, weight)
 
-    def carried(self, index: int) -> bool:
+    def carried(self) -> Sequence[int]:
+        return [index for index in self.bucket.members if self._carries(index)]
+
+    def _carries(self, index: int) -> bool:
         gradient = self._parameters[index].grad
         return gradient is not None and (gradient is self._marks[index] or gradient is self._fresh.get(index))
 
     def launch(self, ranks: Collectives, words: tuple[int, int], total: int) -> None:
         for index in self.bucket.members:  # what is carried must not be overwritten; a rank in finish() does not know
             piece = self._pieces[index].tensor
-            if piece.grad is not None and (self._weight == 0 or self.carried(index)):
+            if piece.grad is not None and (self._weight == 0 or self._carries(index)):
                 piece.grad = piece.grad.clone()
         source = self._source(self._segments.members)
         self._begin(self._shards.start_reduce(words, source, arrays.view(self._receive), total))

@@ -76,7 +76,7 @@ class Synchronous(DistributedOptimizer):
         if shard not in (True, False):
             error = ArgumentError(f"shard={shard!r}; expected True or False")
         if shard and self._wire_dtype:
-            error = ArgumentError("wire_dtype: with shard=True gradients travel as they are")
+            error = ArgumentError("wire_dtype: with shard=True gradients travel as they are; leave it out")
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
 

@@ -44,7 +44,7 @@ _positive = click.IntRange(min=1)
 @click.option(
     "--shard",
     is_flag=True,
-    help="Ranks of a node share one copy of the weights, and all the optimiser's state; synchronous only.",
+    help="One copy of the weights per node; each rank holds its part of the optimiser's state.  [synchronous only]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of model, order and dropout.")
 @click.option(
