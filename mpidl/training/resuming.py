@@ -24,8 +24,9 @@ from mpidl.training.data import Position
 from mpidl.training.outputs import Folder
 from mpidl.training.randomness import restore_random_state, seed_all, seed_for
 from mpidl.training.recording import Done
-from mpidl.training.saving import LOCAL, MODEL, TRAINING, Subject, local_name, worker_folder
+from mpidl.training.saving import LOCAL, MODEL, TRAINING, local_name, worker_folder
 from mpidl.training.settings import Settings
+from mpidl.training.subject import Subject
 
 _OPTION = {"job": "JOB", "batch_size": "--batch-size", "communication_window": "--communication-window"}
 

@@ -8,27 +8,22 @@ at a commit of its own what it alone holds to `checkpoints/worker.<rank>/`.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
-import mpidl
 from mpidl import leaving, state
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError
 from mpidl.training.agreement import RefusedError, everywhere
 from mpidl.training.checkpoint import Draft, Entry, Store, encode, encode_tensors
 from mpidl.training.data import Position
-from mpidl.training.randomness import random_state
-from mpidl.training.recording import Recorder
-from mpidl.training.settings import Settings
-from mpidl.training.ways import Shared, Way
+from mpidl.training.subject import Subject
+from mpidl.training.ways import Shared
 
 MODEL, TRAINING, LOCAL = "model.safetensors", "training.pt", "local.pt"
 
@@ -41,59 +36,6 @@ def local_name(rank: int) -> str:
 def worker_folder(checkpoints: Path, rank: int) -> Path:
     """The folder of one worker's own checkpoints, asynchronous."""
     return checkpoints / f"worker.{rank}"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is saved: one rank's run under way."""
-
-    settings: Settings
-    identity: Mapping[str, Any]  # settings that a run keeps
-    comm: Communicator
-    checkpoints: Path
-    model: torch.nn.Module
-    way: Way
-    scheduler: LRScheduler | None
-    recorder: Recorder
-    resumed: int  # how often this run has gone on after a stop
-
-    def manifest(self, position: Position, samples: int, clock: int | None = None) -> dict[str, Any]:
-        """What the manifest says besides the files."""
-        ranks = self.comm.topology
-        return {
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {
-                "mpidl": mpidl.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "world": {
-                "ranks": ranks.size,
-                "nodes": list(ranks.placement.nodes),
-                "link": ranks.link and ranks.link.as_dict(),
-            },
-            "run": dict(self.identity),
-            "position": asdict(position),
-            "steps": self.recorder.steps,
-            "samples": samples,
-            "seconds": self.recorder.seconds,
-            "clock": clock,
-            "resumed": self.resumed,
-        }
-
-    def optimizer(self) -> dict[str, Any]:
-        """State of optimiser and scheduler; synchronous: a collective."""
-        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": self.way.optimizer_state(), "scheduler": scheduler}
-
-    def local(self) -> dict[str, Any]:
-        """What this rank alone holds. Buffers (BatchNorm statistics) differ between ranks while they train."""
-        statistics = dict(vars(self.way.optimizer.statistics))
-        return {
-            "random": random_state(),
-            "buffers": {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()},
-            "statistics": {k: dict(v) if isinstance(v, Mapping) else v for k, v in statistics.items()},
-        }
 
 
 class Timer:

@@ -25,9 +25,10 @@ from mpidl.training.progress import Silent, new_progress
 from mpidl.training.randomness import seed_all
 from mpidl.training.recording import NOTHING, Recorder
 from mpidl.training.resuming import Origin
-from mpidl.training.saving import AsynchronousSaver, Saver, Subject, SynchronousSaver, worker_folder
+from mpidl.training.saving import AsynchronousSaver, Saver, SynchronousSaver, worker_folder
 from mpidl.training.settings import STOPPED_STATUS, UNSAVED_STATUS, Settings
 from mpidl.training.stop import StopRequest
+from mpidl.training.subject import Subject
 from mpidl.training.ways import Way, new_way
 
 _EVALUATION_OF_A_STOPPED_RUN = 10.0  # seconds at most: who was asked to stop may not have long
