@@ -12,6 +12,10 @@ import torch.distributed as dist
 
 from mpidl.benchmarks.ranks import Together
 
+# A process group's destructor joins its threads while it holds the GIL; one that still drops what the last call
+# left may need the GIL, and then neither goes on. Kept, none is destroyed before the process ends.
+_kept: list[Any] = []
+
 
 def available() -> bool:
     """Returns whether this torch has gloo."""
@@ -42,4 +46,5 @@ def process_group(ranks: Together) -> Iterator[None]:
         yield
         dist.barrier()
     finally:
+        _kept.append(dist.group.WORLD)
         dist.destroy_process_group()
