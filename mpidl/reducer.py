@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from mpidl import leaving
-from mpidl.bucket_memory import BucketMemory, bucket_memory, cut_into_buckets
+from mpidl.bucket_memory import BucketMemory, cut_into_buckets
 from mpidl.collectives import Collectives
+from mpidl.device_bucket_memory import bucket_memory
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
 from mpidl.layout import fingerprint
 from mpidl.reduction_round import Round
@@ -68,6 +69,7 @@ class Reducer:
             for i, p in enumerate(self._parameters)
         ]
         self._armed: int | None = None
+        self._made: set[int] = set()  # parameters that had no gradient when backward began
 
     # Hooks.
 
@@ -80,10 +82,16 @@ class Reducer:
         if torch._C._current_graph_task_id() != -1:
             return  # recomputed inside a backward (checkpointing): nothing was interrupted
         self._armed = None
+        self._made.clear()
         if self._round is not None:
             self._round.restart()
             for memory in self._memories[self._round.launched :]:
                 memory.begin()
+
+    def before_backward(self) -> None:
+        """Notes which gradients this backward will make; called when it reaches an output of the model."""
+        self._made.update(index for index, parameter in enumerate(self._parameters) if parameter.grad is None)
+        self.arm()
 
     def arm(self) -> None:
         """Makes the running backward call `_end_of_backward`; called from inside backward, harmless when repeated.
@@ -128,10 +136,12 @@ class Reducer:
 
     def _end_of_backward(self) -> None:
         self._armed = None
-        if self._round is None:
-            return  # `no_sync`, or a backward that reached no parameter
+        if self._round is not None:  # None: `no_sync`, or a backward that reached no parameter
+            self._end_round(self._round)
+        self._made.clear()
+
+    def _end_round(self, now: Round) -> None:
         started = time.perf_counter()
-        now = self._round
         self._complete(now, now.fired | self._accumulated())
         self._unsynced.clear()
         self._statistics.seconds_communicating += time.perf_counter() - started
@@ -196,7 +206,7 @@ class Reducer:
         used_anywhere, carried = self._trailer(now, used if now.weight else set())
         stepping = self._ranks.rank in header.stepping
         for memory in self._memories:
-            memory.write_back(used_anywhere, carried, stepping=stepping)
+            memory.write_back(used_anywhere, carried, stepping=stepping, made=self._made)
         self._statistics.rounds += 1
         if len(header.stepping) < self._ranks.size:
             self.uneven = header.stepping[0]

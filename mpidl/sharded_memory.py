@@ -7,7 +7,7 @@ place, so that autograd can add this rank's new gradient; what was reduced befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,9 @@ class ShardedBucketMemory(BucketMemory):
         source = self._source(self._segments.members)
         self._begin(self._shards.start_reduce(words, source, arrays.view(self._receive), total))
 
-    def write_back(self, used: np.ndarray[Any, Any], carried: np.ndarray[Any, Any], *, stepping: bool) -> None:
+    def write_back(
+        self, used: np.ndarray[Any, Any], carried: np.ndarray[Any, Any], *, stepping: bool, made: Set[int]
+    ) -> None:
         received = torch.from_numpy(self._receive)
         begin = self._shards.block * self._blocks.size
         for index, slot in self._blocks.slots.items():

@@ -240,4 +240,4 @@ class _AfterForward:
         reducer.before_forward()
         for leaf in _pytree.tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
-                leaf.register_hook(lambda _: reducer.arm())  # type: ignore[no-untyped-call]
+                leaf.register_hook(lambda _: reducer.before_backward())  # type: ignore[no-untyped-call]

@@ -153,3 +153,65 @@ def test_parameters_without_elements(comm, kind):
         optimizer.step()
     total = comm.size * (comm.size + 1) / 2
     assert model.scalar.item() == 1 - (total / comm.size if kind is mpidl.Synchronous else total)
+
+
+def test_a_gradient_that_somebody_keeps_stays_what_it_was(comm):
+    """Gradients lie where they were received; the next one must not be received there while they are kept."""
+    model = mlp()
+    optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.0), model, comm=comm)
+    kept, expected, places = [], [], []
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, batch(comm.rank, step)).backward()
+        kept.append(model[0].weight.grad[:2].flatten())  # a part keeps all
+        twin = mlp()
+        loss_of(twin, union(batch(rank, step) for rank in range(comm.size))).backward()
+        expected.append(twin[0].weight.grad[:2].flatten())
+    torch.testing.assert_close(kept, expected, rtol=1e-11, atol=1e-13)
+    kept.clear()
+    for step in range(4):  # nobody keeps anything: one memory is enough, and nothing is copied
+        optimizer.zero_grad()
+        loss_of(model, batch(comm.rank, step)).backward()
+        places.append([p.grad.data_ptr() for p in model.parameters()])
+    assert places[1:] == places[:-1]
+    flat = sorted(places[0])
+    assert flat[-1] - flat[0] < 8 * sum(p.numel() for p in model.parameters())
+    optimizer.finish()
+
+
+def test_a_gradient_that_was_there_before_is_written_in_place(comm):
+    """Somebody may hold it: the user's own flat buffer, or what `zero_grad(set_to_none=False)` leaves."""
+    model = mlp()
+    parameters = list(model.parameters())
+    optimizer = mpidl.Synchronous(torch.optim.SGD(parameters, lr=0.1), model, comm=comm)
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+    for step in range(2):
+        loss_of(model, batch(comm.rank, step)).backward()
+        assert torch.equal(flat, torch.cat([p.grad.flatten() for p in parameters])) and flat.any()
+        optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()
+    loss_of(model, batch(comm.rank, 2)).backward()
+    held = [p.grad for p in parameters]
+    optimizer.zero_grad(set_to_none=False)
+    loss_of(model, batch(comm.rank, 3)).backward()
+    twin = mlp()
+    loss_of(twin, union(batch(rank, 3) for rank in range(comm.size))).backward()
+    for gradient, p, q in zip(held, parameters, twin.parameters(), strict=True):
+        assert p.grad is gradient
+        torch.testing.assert_close(gradient, q.grad, rtol=1e-11, atol=1e-13)
+    optimizer.finish()
+
+
+def test_a_parameter_with_gaps_in_memory(comm):
+    model = mlp()
+    model[0].weight = torch.nn.Parameter(torch.cat([model[0].weight.detach()] * 2, dim=1)[:, : model[0].in_features])
+    assert not model[0].weight.is_contiguous()
+    optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+    loss_of(model, batch(comm.rank, 0)).backward()
+    twin = mlp()
+    loss_of(twin, union(batch(rank, 0) for rank in range(comm.size))).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-13)
+    optimizer.finish()
