@@ -216,6 +216,10 @@ def dense_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def cut_into_buckets(named: Named, nbytes: int) -> tuple[Bucket, ...]:
-    """Returns the buckets of these parameters, by their index, of at most so many bytes."""
-    return buckets([Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named], nbytes)
+def cut_into_buckets(named: Named, nbytes: int, order: Sequence[int] | None = None) -> tuple[Bucket, ...]:
+    """Returns the buckets of these parameters, by their index, of at most so many bytes.
+
+    Args:
+        order: in which their gradients arrive; None: the last one first.
+    """
+    return buckets([Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named], nbytes, order)

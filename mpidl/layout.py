@@ -74,12 +74,13 @@ def lay_out(tensors: Iterable[Tensor], dtype: str) -> Layout:
     return Layout(dtype, tuple(slots))
 
 
-def buckets(tensors: Sequence[Tensor], cap_nbytes: int) -> tuple[Bucket, ...]:
-    """Cuts tensors into buckets of one dtype each, last tensor first, as backward delivers gradients.
+def buckets(tensors: Sequence[Tensor], cap_nbytes: int, order: Sequence[int] | None = None) -> tuple[Bucket, ...]:
+    """Cuts tensors into buckets of one dtype each, in the order in which backward delivers gradients.
 
     Args:
         tensors: all tensors, in the model's order.
         cap_nbytes: size of a bucket, in bytes of the tensors' own dtype; only a single larger tensor exceeds it.
+        order: of the gradients, an index each; None: the last tensor's first.
 
     Returns:
         Buckets in the order in which they fill up. Every tensor is a member of exactly one.
@@ -91,7 +92,8 @@ def buckets(tensors: Sequence[Tensor], cap_nbytes: int) -> tuple[Bucket, ...]:
         raise ArgumentError(f"a bucket's size is {cap_nbytes} bytes; expected more than 0")
     done: list[tuple[str, list[int]]] = []
     filling: dict[str, tuple[list[int], int]] = {}
-    for index in reversed(range(len(tensors))):
+    order = order if order is not None else range(len(tensors))[::-1]
+    for index in order:
         tensor = tensors[index]
         members, nbytes = filling.get(tensor.dtype, ([], 0))
         if members and nbytes + tensor.nbytes > cap_nbytes:
@@ -99,7 +101,8 @@ def buckets(tensors: Sequence[Tensor], cap_nbytes: int) -> tuple[Bucket, ...]:
             members, nbytes = [], 0
         filling[tensor.dtype] = ([*members, index], nbytes + tensor.nbytes)
     done += [(dtype, members) for dtype, (members, _) in filling.items()]
-    done.sort(key=lambda pair: -pair[1][-1])  # a bucket is full when backward reaches its first tensor
+    place = {index: number for number, index in enumerate(order)}
+    done.sort(key=lambda pair: place[pair[1][-1]])  # a bucket is full when backward reaches its last member
     return tuple(Bucket(lay_out((tensors[i] for i in m), dtype), tuple(m)) for dtype, m in done)
 
 

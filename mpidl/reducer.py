@@ -10,22 +10,22 @@ checkpointing, a parameter reached twice) can simply be sent again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpidl import leaving
-from mpidl.bucket_memory import BucketMemory, cut_into_buckets
+from mpidl.bucket_memory import BucketMemory
 from mpidl.collectives import Collectives
-from mpidl.device_bucket_memory import bucket_memory
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
-from mpidl.layout import fingerprint
+from mpidl.gradient_buckets import GradientBuckets
 from mpidl.reduction_round import Round
 from mpidl.state import Named
 from mpidl.statistics import Statistics
 from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader, Watcher
+from mpidl.step_trailer import Trailer, exchange
 
 
 class Reducer:
@@ -52,10 +52,8 @@ class Reducer:
         self._collectives, self._ranks = ranks, ranks.topology
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
-        cut = cut_into_buckets(named, bucket_nbytes)
-        self._memories = list(memories) or [bucket_memory(bucket, self._parameters) for bucket in cut]
-        self._home = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
-        self._header = StepHeader(ranks, fingerprint(cut), watcher)
+        self._buckets = GradientBuckets(ranks, named, bucket_nbytes, statistics, memories)
+        self._header = StepHeader(ranks, self._buckets.fingerprint, watcher)
         self._statistics = statistics
         self._round: Round | None = None
         self._unsynced: set[int] = set()
@@ -85,8 +83,7 @@ class Reducer:
         self._made.clear()
         if self._round is not None:
             self._round.restart()
-            for memory in self._memories[self._round.launched :]:
-                memory.begin()
+            self._buckets.begin(self._round.launched)
 
     def before_backward(self) -> None:
         """Notes which gradients this backward will make; called when it reaches an output of the model."""
@@ -117,20 +114,19 @@ class Reducer:
         self.arm()
         if self._round is None:
             self._round = self._begin(STEPPING)
-        number = self._home[index]
-        self._round.fired.add(index)
+        number = self._buckets.home(index)
+        self._round.fired[index] = None
         if number < self._round.launched:
             self._round.late.add(number)
         else:
-            self._pack(self._round, index)
+            self._buckets.pack(index, self._round.weight)
             self._advance(self._round)
         self._statistics.seconds_communicating += time.perf_counter() - started
 
     def reduce(self) -> None:
         """Reduces the gradients that are there, outside a backward."""
         now = self._begin(STEPPING)
-        for index in range(len(self._parameters)):
-            self._pack(now, index)
+        self._buckets.pack_rest(0, now.weight)
         self._advance(now)
         self._complete(now, set(range(len(self._parameters))))
 
@@ -142,7 +138,7 @@ class Reducer:
 
     def _end_round(self, now: Round) -> None:
         started = time.perf_counter()
-        self._complete(now, now.fired | self._accumulated())
+        self._complete(now, now.fired.keys() | self._accumulated())
         self._unsynced.clear()
         self._statistics.seconds_communicating += time.perf_counter() - started
 
@@ -153,14 +149,9 @@ class Reducer:
         if leaving.thread_failure() is not None:
             state = FAILED
         weight = 0 if state == FINISHED else 1 if self.samples is None else self.samples
-        for memory in self._memories:
-            memory.begin()
+        self._buckets.begin()
         steps = self._statistics.steps
         return Round(self._header.start(state, self.samples, steps, self.wish_to_stop), weight)
-
-    def _pack(self, now: Round, index: int) -> None:
-        gradient = self._parameters[index].grad
-        self._memories[self._home[index]].pack(index, gradient, now.weight)
 
     def _advance(self, now: Round) -> None:
         """Launches every full bucket whose turn it is, once the header is there, and lets MPI move those under way."""
@@ -168,20 +159,12 @@ class Reducer:
             now.header = now.get_header(False)
             if now.header is None:
                 return
-        while now.launched < len(self._memories):
-            memory = self._memories[now.launched]
-            if not memory.ready():
-                break
-            self._launch(now, now.launched)
+        memories = self._buckets.memories
+        while now.launched < len(memories) and memories[now.launched].ready():
+            self._buckets.launch(now.launched, self._sequence, now.header.total)
             now.launched += 1
-        for memory in self._memories[: now.launched]:
+        for memory in memories[: now.launched]:
             memory.advance()
-
-    def _launch(self, now: Round, number: int) -> None:
-        assert now.header is not None
-        memory = self._memories[number]
-        memory.launch(self._collectives, (self._sequence, number), now.header.total)
-        self._statistics.bytes += memory.nbytes
 
     def _complete(self, now: Round, used: set[int]) -> Header:
         """Ends a round: the rest is launched, waited for, done again where late, and written back."""
@@ -193,55 +176,68 @@ class Reducer:
             return header
         if header.total <= 0:
             raise ArgumentError("samples: all ranks gave 0 samples, so there is no mean to take")
-        for memory in self._memories[now.launched :]:
-            for index in memory.bucket.members:
-                if index not in memory.packed:
-                    self._pack(now, index)
-        for number in range(now.launched, len(self._memories)):  # all are on their way before the first is waited for
-            self._memories[number].ready(wait=True)
-            self._launch(now, number)
-        now.launched = len(self._memories)
-        for number in range(len(self._memories)):
-            self._wait(number)
-        used_anywhere, carried = self._trailer(now, used if now.weight else set())
+        self._buckets.pack_rest(now.launched, now.weight)
+        self._reduce(range(now.launched, len(self._buckets)), header.total, range(len(self._buckets)))
+        now.launched = len(self._buckets)
+        trailer = self._trailer(now, used if now.weight else set())
         stepping = self._ranks.rank in header.stepping
-        for memory in self._memories:
-            memory.write_back(used_anywhere, carried, stepping=stepping, made=self._made)
+        for memory in self._buckets.memories:
+            memory.write_back(trailer.used, trailer.carried, stepping=stepping, made=self._made)
         self._statistics.rounds += 1
         if len(header.stepping) < self._ranks.size:
             self.uneven = header.stepping[0]
         self._round = None
+        if self.arrival is None and not self._buckets.stay:
+            self._agree_on_arrival(now)
         return header
 
-    def _wait(self, number: int) -> None:
-        self._memories[number].wait(self._collectives)
-        self._statistics.note_bucket(number, self._memories[number].seconds())
+    def _reduce(self, numbers: Iterable[int], total: int, waiting: Iterable[int]) -> None:
+        for number in numbers:  # all are on their way before the first is waited for
+            self._buckets.launch(number, self._sequence, total)
+        for number in waiting:
+            self._buckets.wait(number)
 
-    def _trailer(self, now: Round, used: set[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _trailer(self, now: Round, used: set[int]) -> Trailer:
         """Agrees on used and carried parameters, late buckets and non-finite gradients; does late buckets again."""
-        count, late_from = len(self._parameters), 2 * len(self._parameters)
-        flags = np.zeros(late_from + len(self._memories) + 1, np.uint8)
-        flags[list(used)] = 1
-        if now.header is not None and self._ranks.rank in now.header.stepping:  # what a rank in finish() holds is old
-            for memory in self._memories:
-                flags[[count + index for index in memory.carried()]] = 1
-        flags[[late_from + number for number in now.late]] = 1
-        flags[-1] = not all(memory.finite for memory in self._memories[now.dropped :])
-        agreed = np.empty_like(np.packbits(flags))
+        assert now.header is not None
+        memories = self._buckets.memories
+        holding = memories if self._ranks.rank in now.header.stepping else ()  # what a rank in finish() holds is old
+        trailer = exchange(
+            self._collectives,
+            parameters=len(self._parameters),
+            buckets=len(memories),
+            used=used,
+            carried=(index for memory in holding for index in memory.carried()),
+            late=now.late,
+            nonfinite=not all(memory.finite for memory in memories[now.dropped :]),
+        )
+        for index in (index for number in trailer.late for index in memories[number].bucket.members):
+            self._buckets.pack(index, now.weight)
+        self._reduce(trailer.late, now.header.total, trailer.late)
+        self._statistics.nonfinite_rounds += int(trailer.nonfinite)
+        return trailer
+
+    def _agree_on_arrival(self, now: Round) -> None:
+        """After the first backward: the order that the first rank which stepped has seen becomes everybody's."""
+        assert now.header is not None
+        rest = [index for index in reversed(range(len(self._parameters))) if index not in now.fired]
+        mine = np.array([*now.fired, *rest], np.int64)
+        everyone = np.empty((self._ranks.size, mine.size), np.int64)
         sequence = self._ranks.begin()
-        mine = np.packbits(flags)
-        self._ranks.wait(self._collectives.start_words_or(mine, agreed), "the end of a synchronised step", sequence)
-        flags = np.unpackbits(agreed, count=flags.size)
-        again = [number for number in range(len(self._memories)) if flags[late_from + number]]
-        for number in again:
-            for index in self._memories[number].bucket.members:
-                self._pack(now, index)
-            self._memories[number].ready(wait=True)
-            self._launch(now, number)
-        for number in again:
-            self._wait(number)
-        self._statistics.nonfinite_rounds += int(flags[-1])
-        return flags[:count], flags[count:late_from]
+        request = self._collectives.start_words_gather(mine, everyone)
+        self._ranks.wait(request, "the order of gradients", sequence)
+        self.follow_arrival(everyone[now.header.stepping[0]].tolist())
+
+    def follow_arrival(self, order: list[int]) -> None:
+        """Lets buckets fill in this order of parameters from the next backward on; alike on all ranks."""
+        if not self._buckets.stay:
+            self._buckets.follow(order)
+            self._header.layout = self._buckets.fingerprint
+
+    @property
+    def arrival(self) -> list[int] | None:
+        """The order of parameters in which buckets fill, once it was seen; None before, and if they stay as cut."""
+        return self._buckets.arrival
 
     # For the optimiser above.
 

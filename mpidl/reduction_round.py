@@ -16,7 +16,7 @@ class Round:
     weight: int
     header: Header | None = None
     launched: int = 0  # buckets
-    fired: set[int] = field(default_factory=set)
+    fired: dict[int, None] = field(default_factory=dict)  # parameters, in the order of their gradients
     late: set[int] = field(default_factory=set)  # buckets that changed after they were launched
     dropped: int = 0  # the first so many buckets were launched with gradients that were thrown away
 

@@ -27,5 +27,10 @@ class Statistics:
             kept.extend([0.0] * (number + 1 - len(kept)))
             kept[number] += more
 
+    def forget_buckets(self) -> None:
+        """Begins those by bucket anew: there are other buckets from now on."""
+        for kept in (self.seconds_packing, self.seconds_reducing, self.seconds_waiting):
+            kept.clear()
+
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))

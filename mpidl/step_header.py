@@ -44,11 +44,15 @@ class Watcher(Protocol):
 
 
 class StepHeader:
-    """Exchanges the words of one optimiser's ranks, once per step."""
+    """Exchanges the words of one optimiser's ranks, once per step.
 
-    def __init__(self, ranks: Collectives, layout_hash: int, watcher: Watcher | None = None) -> None:
+    Attributes:
+        layout: a number that differs where buckets differ.
+    """
+
+    def __init__(self, ranks: Collectives, layout: int, watcher: Watcher | None = None) -> None:
         self._collectives, self._ranks = ranks, ranks.topology
-        self._layout, self._watcher = layout_hash, watcher
+        self.layout, self._watcher = layout, watcher
 
     def start(
         self, state: int, samples: int | None, steps: int, stopping: bool, trouble: int = 0
@@ -68,7 +72,7 @@ class StepHeader:
         weight, kind = (1, _EQUAL) if samples is None else (samples, _GIVEN)
         if self._watcher is not None and not trouble:
             trouble = self._watcher.trouble(finishing=state == FINISHED)
-        words = np.array([self._layout, state, weight, kind, steps, stopping, trouble], np.int64)
+        words = np.array([self.layout, state, weight, kind, steps, stopping, trouble], np.int64)
         everyone = np.empty((self._ranks.size, words.size), np.int64)
         sequence = self._ranks.begin()
         request = self._collectives.start_words_gather(words, everyone)

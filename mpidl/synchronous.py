@@ -199,6 +199,21 @@ class Synchronous(DistributedOptimizer):
         """Whether some rank wished to stop before the last backward; equal on all ranks."""
         return self._reducer.stopping
 
+    @property
+    def arrival(self) -> list[int] | None:
+        """In which order buckets fill, by index of the trained parameters; None before the first backward.
+
+        Set it, alike on all ranks, to take over another run's: the sums of several nodes may depend on it in their last
+        bits. None for good with `shard`, and where `MPIDL_DETERMINISTIC=1` lets nothing depend on what was observed.
+        """
+        return self._reducer.arrival
+
+    @arrival.setter
+    def arrival(self, order: list[int]) -> None:
+        if sorted(order) != list(range(len(self._held))):
+            raise ArgumentError(f"arrival={order!r}: expected each index below {len(self._held)} once")
+        self._reducer.follow_arrival(order)
+
     def finish(self) -> None:
         """Ends training; a collective, harmless the second time.
 

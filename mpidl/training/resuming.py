@@ -223,7 +223,9 @@ def restore(origin: Origin, subject: Subject) -> None:
         RefusedError: a file cannot be used; on every rank.
     """
     training = everywhere(subject.comm, lambda: decode(origin.checkpoint.read(TRAINING)))
-    clock = origin.checkpoint.manifest["clock"]
+    clock, arrival = origin.checkpoint.manifest["clock"], origin.checkpoint.manifest["world"].get("arrival")
+    if arrival:
+        subject.way.optimizer.arrival = arrival
     if clock is not None:
         center = training["center"]
         subject.way.optimizer.restore(clock, None if center is None else center.numpy())

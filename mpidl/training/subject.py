@@ -49,6 +49,7 @@ class Subject:
                 "ranks": ranks.size,
                 "nodes": list(ranks.placement.nodes),
                 "link": ranks.link and ranks.link.as_dict(),
+                "arrival": getattr(self.way.optimizer, "arrival", None),
             },
             "run": dict(self.identity),
             "position": asdict(position),

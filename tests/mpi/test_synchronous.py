@@ -246,8 +246,12 @@ def test_checkpointing_of_a_layer_used_twice(comm, reentrant):
     optimizer.finish()
 
 
-def test_buckets_travel_while_backward_goes_on(comm):
-    """By the time backward reaches the first layer, buckets of the later layers have been launched."""
+@pytest.mark.parametrize("backwards", [False, True], ids=["used as defined", "used backwards"])
+def test_buckets_travel_while_backward_goes_on(comm, backwards):
+    """Before backward reaches the layer that was used first, buckets of the later ones have been launched.
+
+    If layers are used in another order than that in which they are defined, only the first backward shows it.
+    """
     launched = []
 
     class Slow(torch.autograd.Function):
@@ -270,13 +274,18 @@ def test_buckets_travel_while_backward_goes_on(comm):
             )
 
         def forward(self, x):
-            for layer in self.layers:
+            for layer in reversed(self.layers) if backwards else self.layers:
                 x = layer(Slow.apply(x.requires_grad_() if x.is_leaf else x))
             return x.mean(1, keepdim=True)
 
     model = Chain()
     optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm, bucket_cap_mb=1e-5)
-    comm.barrier()
-    loss_of(model, batch(comm.rank, 0)).backward()
+    for step in range(2):
+        optimizer.zero_grad()
+        comm.barrier()
+        loss_of(model, batch(comm.rank, step)).backward()
+        before = launched[-2]  # with the gradients of one layer still missing
+        assert before == 0 if backwards and step == 0 else before >= 4, launched
+    layers = [index // 2 for index in optimizer.arrival]
+    assert layers == sorted(layers, reverse=not backwards)
     optimizer.finish()
-    assert launched[-1] >= 4, launched

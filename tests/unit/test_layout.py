@@ -109,3 +109,9 @@ def test_the_fingerprint_tells_layouts_apart_and_nothing_else() -> None:
 def test_the_fingerprint_is_the_same_in_every_process() -> None:
     """It is compared between ranks, so it must not hang on Python's seeded hashes; this is its value."""
     assert lay_out([Tensor("weight", (2, 3), "float32")], "float32").fingerprint() == 1150380842801407234
+
+
+def test_buckets_follow_the_order_of_arrival() -> None:
+    tensors = [Tensor(f"t{i}", (2,), "float64" if i == 1 else "float32") for i in range(5)]
+    cut = buckets(tensors, 16, [0, 1, 4, 2, 3])
+    assert [bucket.members for bucket in cut] == [(1,), (0, 4), (2, 3)]  # a bucket is full at its last member
