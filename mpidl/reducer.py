@@ -25,7 +25,7 @@ from mpidl.reduction_round import Round
 from mpidl.state import Named
 from mpidl.statistics import Statistics
 from mpidl.step_header import FAILED, FINISHED, STEPPING, Header, StepHeader, Watcher
-from mpidl.step_trailer import Trailer, exchange
+from mpidl.step_trailer import StepTrailer, Trailer
 
 
 class Reducer:
@@ -54,6 +54,7 @@ class Reducer:
         self._parameters = [parameter for _, parameter in named]
         self._buckets = GradientBuckets(ranks, named, bucket_nbytes, statistics, memories)
         self._header = StepHeader(ranks, self._buckets.fingerprint, watcher)
+        self._trailer = StepTrailer(ranks, len(named), len(self._buckets))
         self._statistics = statistics
         self._round: Round | None = None
         self._unsynced: set[int] = set()
@@ -179,7 +180,7 @@ class Reducer:
         self._buckets.pack_rest(now.launched, now.weight)
         self._reduce(range(now.launched, len(self._buckets)), header.total, range(len(self._buckets)))
         now.launched = len(self._buckets)
-        trailer = self._trailer(now, used if now.weight else set())
+        trailer = self._agree(now, used if now.weight else set())
         stepping = self._ranks.rank in header.stepping
         for memory in self._buckets.memories:
             memory.write_back(trailer.used, trailer.carried, stepping=stepping, made=self._made)
@@ -197,20 +198,14 @@ class Reducer:
         for number in waiting:
             self._buckets.wait(number)
 
-    def _trailer(self, now: Round, used: set[int]) -> Trailer:
+    def _agree(self, now: Round, used: set[int]) -> Trailer:
         """Agrees on used and carried parameters, late buckets and non-finite gradients; does late buckets again."""
         assert now.header is not None
         memories = self._buckets.memories
         holding = memories if self._ranks.rank in now.header.stepping else ()  # what a rank in finish() holds is old
-        trailer = exchange(
-            self._collectives,
-            parameters=len(self._parameters),
-            buckets=len(memories),
-            used=used,
-            carried=(index for memory in holding for index in memory.carried()),
-            late=now.late,
-            nonfinite=not all(memory.finite for memory in memories[now.dropped :]),
-        )
+        carried = (index for memory in holding for index in memory.carried())
+        finite = all(memory.finite for memory in memories[now.dropped :])
+        trailer = self._trailer.exchange(used, carried, now.late, not finite)
         for index in (index for number in trailer.late for index in memories[number].bucket.members):
             self._buckets.pack(index, now.weight)
         self._reduce(trailer.late, now.header.total, trailer.late)
@@ -233,6 +228,7 @@ class Reducer:
         if not self._buckets.stay:
             self._buckets.follow(order)
             self._header.layout = self._buckets.fingerprint
+            self._trailer = StepTrailer(self._collectives, len(self._parameters), len(self._buckets))
 
     @property
     def arrival(self) -> list[int] | None:

@@ -53,6 +53,7 @@ class StepHeader:
     def __init__(self, ranks: Collectives, layout: int, watcher: Watcher | None = None) -> None:
         self._collectives, self._ranks = ranks, ranks.topology
         self.layout, self._watcher = layout, watcher
+        self._everyone = tuple(range(self._ranks.size))
 
     def start(
         self, state: int, samples: int | None, steps: int, stopping: bool, trouble: int = 0
@@ -87,6 +88,18 @@ class StepHeader:
         return get
 
     def _read(self, words: np.ndarray[Any, Any]) -> Header:
+        first, *rest = words.tolist()
+        if all(other == first for other in rest) and first[1] != FAILED and not first[6]:
+            return self._when_alike(first)  # nearly always; numpy would take longer, in caches that backward has filled
+        return self._when_not_alike(words)
+
+    def _when_alike(self, words: list[int]) -> Header:
+        _, state, weight, _, _, stopping, _ = words
+        stepping = self._everyone if state == STEPPING else ()
+        finished = self._everyone if state == FINISHED else ()
+        return Header(stepping, weight * len(stepping), bool(stopping), state, finished)
+
+    def _when_not_alike(self, words: np.ndarray[Any, Any]) -> Header:
         layouts, states, weights, kinds, steps, stops, troubles = words.T
         if (states == FAILED).any():
             self._raise_failure()

@@ -147,10 +147,6 @@ class Topology:
         """Starts an elementwise minimum of a few int64 words over all ranks; both arrays must outlive it."""
         return self.control.Iallreduce(send, receive, self._mpi.MIN)
 
-    def start_words_or(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Any:
-        """Starts a bitwise or of uint8 words over all ranks; both arrays must outlive it."""
-        return self.control.Iallreduce(send, receive, self._mpi.BOR)
-
     def start_words_gather(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Any:
         """Starts collecting every rank's words, alike in length, on every rank; both arrays must outlive it."""
         return self.control.Iallgather(send, receive)

@@ -189,17 +189,6 @@ class Collectives:
             return self.topology.start_words_gather(send, receive)
         return self.node.allgather(_WORDS, arrays.view(send), arrays.view(receive))
 
-    def start_words_or(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Any:
-        """Starts a bitwise or of uint8 words over all ranks; both arrays must outlive it."""
-        if self.node is None:
-            return self.topology.start_words_or(send, receive)
-        return Driven(self._or_of_all(send, receive))
-
-    def _or_of_all(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Steps:
-        everyone = np.empty((self.topology.size, send.size), send.dtype)
-        yield self.start_words_gather(send, everyone)
-        np.bitwise_or.reduce(everyone, axis=0, out=receive)
-
     def start_sum(self, words: tuple[int, int], send: ArrayView, receive: ArrayView, divisor: int) -> Sum:
         """Starts the sum of `send` over all ranks, divided by `divisor`, into `receive`; they lie apart."""
         if self.node is not None:

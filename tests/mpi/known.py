@@ -5,10 +5,14 @@ No MPI here: every rank can make every other rank's input.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from mpidl import shared_memory
 
 OPS = ("sum", "mean", "min", "max", "prod")
 FLOATING = ("float16", "bfloat16", "float32", "float64")
@@ -78,3 +82,9 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(found, expected), (found, expected)
     else:
         assert np.array_equal(found, expected), (found, expected)
+
+
+def named_segments(comm: Any) -> set[Path]:
+    """The segments of shared memory whose names these ranks have made, and not others that run meanwhile; a collective."""
+    makers = comm.allgather(np.array([os.getpid()]))[:, 0].tolist()
+    return {path for maker in makers for path in shared_memory.FOLDER.glob(f"mpidl-{maker}-*")}
