@@ -85,6 +85,6 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def named_segments(comm: Any) -> set[Path]:
-    """The segments of shared memory whose names these ranks have made, and not others that run meanwhile; a collective."""
+    """The named segments of shared memory that these ranks have made, not those of other jobs; a collective."""
     makers = comm.allgather(np.array([os.getpid()]))[:, 0].tolist()
     return {path for maker in makers for path in shared_memory.FOLDER.glob(f"mpidl-{maker}-*")}
