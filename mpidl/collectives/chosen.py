@@ -14,18 +14,21 @@ import numpy as np
 
 from mpidl import _node, arrays, cuda_aware, shared_memory
 from mpidl.arrays import ArrayView
-from mpidl.collectives import costs, direct, halving_doubling
+from mpidl.collectives import costs, direct, halving_doubling, lane_allreduce
 from mpidl.collectives.agreement import Call, agree, explain, number
 from mpidl.collectives.in_node import Job, Node
-from mpidl.collectives.lanes import Allreduce, Exchange, Lanes, Reduction
+from mpidl.collectives.lane_allreduce import Allreduce, Reduction
+from mpidl.collectives.lanes import Lanes, lanes_of_nodes
 from mpidl.collectives.quick import Quick
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
+from mpidl.collectives.wires import Exchange
 from mpidl.errors import ArgumentError
 from mpidl.topology import Topology
 from mpidl.transfer import carry_out
 
-_EXCHANGES: dict[str, Exchange] = {"direct": direct.allreduce, "halving_doubling": halving_doubling.allreduce}
+EXCHANGES: dict[str, Exchange] = {"direct": direct, "halving_doubling": halving_doubling}
+_TAG = 1  # the first of lanes'; 0 is the link's
 _WORDS = (0, number("words of agreement"))  # what these say is compared by whoever asks for them
 
 
@@ -45,6 +48,7 @@ class Collectives:
     Attributes:
         node: what carries out calls if all ranks share memory.
         lanes: what carries out allreduces if they do so node by node.
+        wire_dtype: as given.
         forced: one of `costs.ALGORITHMS` that carries out every allreduce between nodes, alike on all ranks; "" for
             the one that is expected to be fastest.
     """
@@ -56,7 +60,7 @@ class Collectives:
         self.node: Node | None = None
         self.lanes: Lanes | None = None
         self.quick: Quick | None = None
-        self.forced, self._wire_dtype = "", wire_dtype
+        self.forced, self.wire_dtype = "", wire_dtype
         if shared_memory.possible(topology) and _all_want_it(topology, directly):
             self._share(helper)
         if len(set(topology.placement.nodes)) > 1:
@@ -73,7 +77,8 @@ class Collectives:
             self.node = node
             self.quick = None if helper else Quick(topology, node)
         else:
-            self.lanes = Lanes(topology, node)  # messages have its tags: a second one needs a topology of its own
+            # Messages have its tags: a second one needs a topology of its own.
+            self.lanes = lanes_of_nodes(topology, node, _TAG)
 
     def end_helper(self) -> None:
         """Ends the helper, if there is one, when no call is under way."""
@@ -160,11 +165,11 @@ class Collectives:
         if self.lanes is None or memory.device != "cpu" or not _node.reduces(memory.dtype, op):
             return None
         narrow = bool(wire_dtype) and memory.dtype == "float32"
-        return _EXCHANGES.get(self.forced or costs.choose(self.topology, memory.nbytes, narrow=narrow))
+        return EXCHANGES.get(self.forced or costs.choose(self.topology, memory.nbytes, narrow=narrow))
 
     def _by_lanes(self, reduction: Reduction) -> Allreduce:
         assert self.lanes is not None
-        return self.lanes.allreduce(reduction)
+        return lane_allreduce.allreduce(self.lanes, reduction)
 
     def _agree(self, call: Call) -> Steps:
         """Makes sure that all ranks made this call, unless they know."""
@@ -193,18 +198,18 @@ class Collectives:
         """Starts the sum of `send` over all ranks, divided by `divisor`, into `receive`; they lie apart."""
         if self.node is not None:
             return self.node.reduce_like("allreduce", words, send, receive, "sum", divisor=float(divisor))
-        exchange = self._exchange(receive, "sum", self._wire_dtype)
+        exchange = self._exchange(receive, "sum", self.wire_dtype)
         if exchange is not None:
-            return self._by_lanes(Reduction(words, send, receive, "sum", float(divisor), exchange, self._wire_dtype))
+            return self._by_lanes(Reduction(words, send, receive, "sum", float(divisor), exchange, self.wire_dtype))
         return _SumByMPI(self.topology, send, receive, divisor)
 
     def start_gathered_sum(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: int) -> Sum:
         """As `start_sum`, of what lies scattered over memory, and does not change before it has ended."""
         if self.node is not None:
             return self.node.allreduce_table(words, source, receive, float(divisor))
-        exchange = self._exchange(receive, "sum", self._wire_dtype)
+        exchange = self._exchange(receive, "sum", self.wire_dtype)
         if exchange is not None:
-            return self._by_lanes(Reduction(words, source, receive, "sum", float(divisor), exchange, self._wire_dtype))
+            return self._by_lanes(Reduction(words, source, receive, "sum", float(divisor), exchange, self.wire_dtype))
         send = arrays.empty_flat(receive.count, receive.dtype)
         started = time.perf_counter()
         finite = source.gather(send)

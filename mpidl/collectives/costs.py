@@ -1,4 +1,4 @@
-"""Which algorithm carries out an allreduce between nodes: a cost model, with the link's two constants measured once.
+"""Which algorithm carries out a collective between nodes: a cost model, with the link's two constants measured once.
 
 All ranks must choose alike, so the constants are measured between two ranks and told to all. Bits depend on the choice:
 it is kept with a checkpoint, and MPIDL_DETERMINISTIC=1 lets it depend on sizes alone.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ def link_of(topology: Topology) -> Link:
     Raises:
         ArgumentError: MPIDL_DETERMINISTIC makes no sense on some rank.
     """
+    if len(set(topology.placement.nodes)) == 1:
+        return _USUAL  # of ranks that exchange data as if they were not on one node
     if topology.link is None:
         topology.link = _USUAL if _all_want_the_usual(topology) else _measured(topology)
     return topology.link
@@ -51,20 +54,40 @@ def choose(topology: Topology, nbytes: int, *, narrow: bool = False) -> str:
     return min(costs, key=costs.__getitem__)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How many ranks lie on how many nodes, and how many of each node lead a slice."""
+
+    nodes: int
+    lanes: int
+    ranks: int
+
+
+def choose_exchange(topology: Topology, spread: Spread, nbytes: int, *, narrow: bool = False) -> str:
+    """As `choose`, where MPI is no choice, and nodes may be what is `spread`."""
+    costs = _estimates(link_of(topology), spread, nbytes, narrow)
+    del costs["mpi"]
+    return min(costs, key=costs.__getitem__)
+
+
 def estimates(topology: Topology, nbytes: int, *, narrow: bool = False) -> dict[str, float]:
     """Returns the seconds that each of `ALGORITHMS` is expected to take, in their order."""
-    link, counts = link_of(topology), Counter(topology.placement.nodes)
-    nodes, lanes = len(counts), min(counts.values())
+    counts = Counter(topology.placement.nodes)
+    return _estimates(link_of(topology), Spread(len(counts), min(counts.values()), topology.size), nbytes, narrow)
+
+
+def _estimates(link: Link, spread: Spread, nbytes: int, narrow: bool) -> dict[str, float]:
+    nodes = spread.nodes
     core = 1 << (nodes.bit_length() - 1)
     rounds = core.bit_length() - 1
     whole = nbytes * link.per_byte
     sent = whole / 2 if narrow else whole
     message = link.latency + _MESSAGE
-    beyond = 2 * (message + sent / lanes) if nodes > core else 0.0
+    beyond = 2 * (message + sent / spread.lanes) if nodes > core else 0.0
     # A node sends so much at least, whoever leads; where links are fast, processors are the bound.
     direct = max(2 * (nodes - 1) / nodes * sent, nbytes * _LANES_WORK)
     halving = max(2 * (core - 1) / core * sent, nbytes * _LANES_WORK)
-    steps = 2 * (topology.size - 1).bit_length() * link.latency
+    steps = 2 * (spread.ranks - 1).bit_length() * link.latency
     return {
         "mpi": steps + _MPI_EXCESS * 2 * (nodes - 1) / nodes * whole + nbytes * _MPI_WORK,
         "direct": _START + direct + 2 * link.latency + 2 * (nodes - 1) * _MESSAGE,

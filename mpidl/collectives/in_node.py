@@ -120,14 +120,16 @@ class Node:
             receive: flat, apart from the segments; each element is cast to its dtype before it is added up.
             divisor: for each sum.
         """
-        return self._table("allreduce", words, source, receive, divisor)
+        return self._table("allreduce", words, source, receive, divisor=divisor)
 
-    def reduce_scatter_table(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: float) -> Job:
+    def reduce_scatter_table(
+        self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: float, op: str = "sum"
+    ) -> Job:
         """As `allreduce_table`, of sources of a block as long as `receive` for each rank, which gets its own."""
-        return self._table("reduce_scatter", words, source, receive, divisor)
+        return self._table("reduce_scatter", words, source, receive, divisor=divisor, op=op)
 
-    def _table(self, kind: str, words: tuple[int, int], source: Source, receive: ArrayView, divisor: float) -> Job:
-        struct = _node.job(words, kind, receive.dtype, receive.count, (0, receive.address), divisor=divisor)
+    def _table(self, kind: str, words: tuple[int, int], source: Source, receive: ArrayView, **options: Any) -> Job:
+        struct = _node.job(words, kind, receive.dtype, receive.count, (0, receive.address), **options)
         pointers = _node.pointers(source.addresses)
         _node.read_from_table(struct, source.table.segments, pointers, source.dtype, scale=source.scale)
         return self._start(struct, (pointers, source, receive))

@@ -1,9 +1,10 @@
 """Reduce-scatter of gradients and allgather of weights, where each rank owns one block of what all ranks hold alike.
 
 Ranks that share memory form a group, which holds one copy of the weights. Ranks at the same place of their groups form
-a lane. In a group the node's C reduces, in rank order; what comes of it is reduced along the lanes, by MPI. Groups are
+a lane, along which blocks travel (`lane_reduce_scatter`, and the exchanges between nodes by themselves). Groups are
 equal in size: on nodes with 4 and 2 ranks they have 2, and the first node holds two copies. Where no memory is shared
-every rank is a group of its own.
+every rank is a group of its own. Where groups are nodes, sums are taken in the order of an allreduce by the same
+exchange, and are the same bits.
 """
 
 from __future__ import annotations
@@ -12,34 +13,25 @@ import math
 import mmap
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mpidl import arrays, shared_memory
 from mpidl.arrays import ArrayView
+from mpidl.collectives import costs
 from mpidl.collectives.agreement import number
-from mpidl.collectives.chosen import Collectives, Sum
-from mpidl.collectives.in_node import Job
+from mpidl.collectives.chosen import EXCHANGES, Collectives, Sum
+from mpidl.collectives.lane_reduce_scatter import Scattering, reduce_scatter, strips
+from mpidl.collectives.lanes import AHEAD, Lanes
 from mpidl.collectives.sources import Source
-from mpidl.collectives.steps import Driven, Steps
+from mpidl.collectives.steps import Driven, Steps, Together
+from mpidl.collectives.wires import Exchange, Wire
 from mpidl.errors import SharedMemoryError
 from mpidl.topology import Topology, wait_all
 
-_GROUP, _LANE = 71, 72  # tags
+_GROUP, _TAG = 71, 101  # tags: of making a group; the first of messages
 _BARRIER = number("barrier of ranks that share weights")
-
-
-@dataclass
-class _Turn:
-    """A request that completes when all earlier ones of a lane have begun: MPI wants one order on all ranks."""
-
-    shards: Shards
-    ticket: int
-
-    def Test(self) -> bool:  # noqa: N802  # as MPI names it
-        return self.shards.begun == self.ticket
 
 
 class Shards:
@@ -47,28 +39,24 @@ class Shards:
 
     Attributes:
         block: the number of this rank's block.
-        begun: how many reductions along the lane have begun.
     """
 
     def __init__(self, ranks: Collectives) -> None:
-        self.ranks = ranks.topology
+        self.ranks, self._wire_dtype = ranks.topology, ranks.wire_dtype
         self._owned: list[Topology] = []
         self._group: Collectives | None = None
         members = self._find_group(ranks)
-        place, groups = members.index(self.ranks.rank), self.ranks.size // len(members)
-        lane = tuple(group[place] for group in _groups(self.ranks.placement.nodes, len(members)))
-        self._lane = None if groups == 1 else self._subset(lane, "lane", _LANE)
-        self.block = place * groups + lane.index(self.ranks.rank)
-        self._blocks = [  # of each rank
-            p * groups + g
-            for _, p, g in sorted(
-                (rank, p, g)
-                for g, group in enumerate(_groups(self.ranks.placement.nodes, len(members)))
-                for p, rank in enumerate(group)
-            )
-        ]
-        self.begun = self._tickets = 0
-        self._partial: dict[int, ArrayView] = {}
+        groups = _groups(self.ranks.placement.nodes, len(members))
+        place = members.index(self.ranks.rank)
+        lane = tuple(group[place] for group in groups)
+        self.block = place * len(groups) + lane.index(self.ranks.rank)
+        of_rank = sorted((rank, p * len(groups) + g) for g, group in enumerate(groups) for p, rank in enumerate(group))
+        self._blocks = [block for _, block in of_rank]
+        node = None if self._group is None else self._group.node
+        self._lanes = (
+            None if len(groups) == 1 else Lanes(self.ranks, node, lane, place=place, number=len(members), tag=_TAG)
+        )
+        self._spread = costs.Spread(len(groups), len(members), self.ranks.size)
         self._size = len(members)
 
     def _find_group(self, ranks: Collectives) -> tuple[int, ...]:
@@ -103,11 +91,6 @@ class Shards:
         """Whether this rank is the one of its group that writes for all."""
         return self._group is None or self._group.topology.rank == 0
 
-    @property
-    def several_groups(self) -> bool:
-        """Whether there are several copies of the weights."""
-        return self._lane is not None
-
     def memory(self, nbytes: int) -> mmap.mmap:
         """Maps the group's memory for the weights; a collective of all ranks.
 
@@ -140,34 +123,19 @@ class Shards:
 
         What must not change: as for `Collectives.start_gathered_sum`.
         """
-        node = None if self._group is None else self._group.node
-        if self._lane is None and node is not None:
+        lanes, node = self._lanes, None if self._group is None else self._group.node
+        if lanes is None and node is not None:
             return node.reduce_scatter_table(words, source, receive, float(divisor))
-        if self._lane is None:
-            return _gathered(source, receive, _divided(receive, divisor))
-        ticket, self._tickets = self._tickets, self._tickets + 1
-        partial = self._partial_for(receive)
-        if node is None:
-            return _gathered(source, partial, self._along_lane(None, ticket, partial, receive, divisor))
-        job = node.reduce_scatter_table(words, source, partial, 1.0)
-        return _SumAfter(self._along_lane(job, ticket, partial, receive, divisor), job)
+        if lanes is None:
+            return _SumOfOne(source, receive, divisor)
+        cut = strips(source.table, lanes, range(self.ranks.size), receive.count, receive.itemsize)
+        exchange = self._exchange(receive.nbytes * self.ranks.size, receive.dtype)
+        options = ("sum", float(divisor), exchange, self._wire_dtype)
+        return reduce_scatter(lanes, Scattering(words, source, cut, receive, *options))
 
-    def _partial_for(self, receive: ArrayView) -> ArrayView:
-        """What the group's sum of a lane's blocks arrives in; made once for each bucket."""
-        assert self._lane is not None
-        if receive.address not in self._partial:
-            self._partial[receive.address] = arrays.empty_flat(receive.count * self._lane.size, receive.dtype)
-        return self._partial[receive.address]
-
-    def _along_lane(self, job: Job | None, ticket: int, partial: ArrayView, receive: ArrayView, divisor: int) -> Steps:
-        assert self._lane is not None
-        if job is not None:
-            yield job
-        yield _Turn(self, ticket)
-        requests = self._lane.start_reduce_scatter(partial, receive, "sum")
-        self.begun += 1
-        yield from requests
-        yield from _divided(receive, divisor)
+    def _exchange(self, nbytes: int, dtype: str) -> Exchange:
+        narrow = bool(self._wire_dtype) and dtype == "float32"
+        return EXCHANGES[costs.choose_exchange(self.ranks, self._spread, nbytes, narrow=narrow)]
 
     def share_weights(self, memory: mmap.mmap, places: list[tuple[int, int]]) -> None:
         """Brings what every rank has written to its own block into all groups' weights; a collective.
@@ -176,21 +144,19 @@ class Shards:
             memory: the group's.
             places: of each bucket, where its weights begin, and the size of one block, in bytes.
         """
-        if self._lane is not None:
-            self._gather(self._lane, np.frombuffer(memory, np.uint8), places)
+        if self._lanes is not None:
+            self._gather(self._lanes, np.frombuffer(memory, np.uint8), places)
         self.barrier("the end of an optimizer step")
 
-    def _gather(self, lane: Topology, flat: np.ndarray[Any, Any], places: list[tuple[int, int]]) -> None:
+    def _gather(self, lanes: Lanes, flat: np.ndarray[Any, Any], places: list[tuple[int, int]]) -> None:
         """A lane's blocks lie side by side in the weights of each group."""
-        requests, kept = list[Any](), list[Any]()
-        sequence = lane.begin()
-        for start, size in places:
-            at = start + (self.block - lane.rank) * size
-            send = arrays.view(flat[start + self.block * size :][:size].copy())
-            receive = arrays.view(flat[at : at + size * lane.size])
-            requests += lane.start_allgather(send, receive)
-            kept.append((send, receive))
-        wait_all(lane, requests, "sharing updated weights", sequence, kept)
+        sequence = self.ranks.begin()
+        gathers = list[Driven]()
+        for bucket, (start, size) in enumerate(places):
+            exchange, wire = self._exchange(size * self.ranks.size, "uint8"), lanes.wire(AHEAD + bucket)
+            blocks = flat[start + lanes.place * len(lanes.peers) * size :][: len(lanes.peers) * size]
+            gathers.append(Driven(_gathered(exchange, wire, blocks)))
+        wait_all(self.ranks, [Together(gathers)], "sharing updated weights", sequence, (flat, gathers))
 
     def gather_blocks(self, mine: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, Any]:
         """Returns everybody's bytes of one length in the order of blocks; a collective of all ranks."""
@@ -209,40 +175,26 @@ class Shards:
         self._owned.clear()
 
 
-class _SumAfter(Driven):
-    """A sum whose packing is the affair of a job before it."""
+class _SumOfOne:
+    """What a rank that is alone has of a sum, at once."""
 
-    def __init__(self, steps: Steps, job: Job) -> None:
-        super().__init__(steps)
-        self._job = job
+    def __init__(self, source: Source, receive: ArrayView, divisor: int) -> None:
+        started = time.perf_counter()
+        self.finite = source.gather(receive)
+        if divisor != 1:
+            arrays.divide(receive, divisor)
+        self.seconds = time.perf_counter() - started, 0.0
 
-    @property
-    def finite(self) -> bool:
-        return self._job.finite
+    def Test(self) -> bool:  # noqa: N802  # as MPI names it
+        return True
 
-    @property
-    def seconds(self) -> tuple[float, float]:
-        return self._job.seconds
-
-
-class _SumOfGathered(Driven):
-    """A sum of what was gathered before it began."""
-
-    def __init__(self, steps: Steps, finite: bool, packing: float) -> None:
-        super().__init__(steps)
-        self.finite, self.seconds = finite, (packing, 0.0)
+    def tried(self) -> bool:
+        return True
 
 
-def _gathered(source: Source, out: ArrayView, steps: Steps) -> Sum:
-    started = time.perf_counter()
-    finite = source.gather(out)
-    return _SumOfGathered(steps, finite, time.perf_counter() - started)
-
-
-def _divided(receive: ArrayView, divisor: int) -> Steps:
-    if divisor != 1:
-        arrays.divide(receive, divisor)
-    yield from ()
+def _gathered(exchange: Exchange, wire: Wire, blocks: np.ndarray[Any, Any]) -> Steps:
+    yield from exchange.allgather(wire, blocks)
+    wire.end()
 
 
 def _groups(nodes: tuple[int, ...], size: int) -> list[tuple[int, ...]]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mpidl import arrays
 from mpidl.arrays import ArrayView
 from mpidl.packing import Table
@@ -41,3 +43,51 @@ class Source:
         if len(there) < len(parts):
             table = Table(tuple(part[0] for part in there), tuple(part[1] for part in there))
         return table.gather([part[2] for part in there], self.dtype, out.address, out.dtype, self.scale).finite
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Parts of a table's segments, side by side.
+
+    Attributes:
+        table: how they lie in flat order.
+        segments: which segment each is part of.
+        skipped: elements of that segment before it.
+    """
+
+    table: Table
+    segments: tuple[int, ...]
+    skipped: tuple[int, ...]
+
+    def of(self, source: Source) -> Source:
+        """Returns these parts of a source with that table."""
+        item, whole = arrays.ITEMSIZES[source.dtype], source.addresses
+        parts = zip(self.segments, self.skipped, strict=True)
+        addresses = [whole[segment] and whole[segment] + skipped * item for segment, skipped in parts]
+        return Source(self.table, addresses, source.dtype, source.scale, source.owner)
+
+
+def cut(table: Table, length: int, blocks: Sequence[int], start: int, stop: int) -> Cut:
+    """Returns elements `start` to `stop` of some of a table's blocks, in their order.
+
+    Args:
+        table: sorted and without gaps.
+        length: elements of a block.
+        blocks: numbers of blocks.
+        start: first element of each, and
+        stop: one past the last.
+    """
+    begins = np.array(table.offsets, np.int64)
+    ends = begins + np.array(table.counts, np.int64)
+    counts, segments, skipped = list[int](), list[int](), list[int]()
+    for block in blocks:
+        low, high = block * length + start, block * length + stop
+        for segment in range(np.searchsorted(ends, low, "right"), np.searchsorted(begins, high, "left")):
+            begin = max(int(begins[segment]), low)
+            count = min(int(ends[segment]), high) - begin
+            if count > 0:
+                counts.append(count)
+                segments.append(segment)
+                skipped.append(begin - int(begins[segment]))
+    offsets = tuple(int(n) for n in np.cumsum([0, *counts[:-1]])) if counts else ()
+    return Cut(Table(tuple(counts), offsets), tuple(segments), tuple(skipped))

@@ -5,12 +5,24 @@ A request is anything with `Test() -> bool`; one that can also wait for a moment
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from mpidl.errors import ClosedError
 
 Steps = Generator[Any, None, Any]
+
+
+class Together:
+    """Several requests as one, each moved on whatever the others wait for."""
+
+    def __init__(self, requests: Iterable[Any]) -> None:
+        self._left = list(requests)
+
+    def Test(self) -> bool:  # noqa: N802  # as MPI names it
+        """Moves on without waiting; returns whether all have completed."""
+        self._left = [request for request in self._left if not request.Test()]
+        return not self._left
 
 
 class Driven:

@@ -7,14 +7,16 @@ where, and in which order, is the algorithms' affair (`direct`, `halving_doublin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mpidl import _native, _node
+from mpidl.collectives.steps import Steps, Together
 from mpidl.topology import Topology
 
 Values = np.ndarray[Any, Any]
+_MESSAGE = 1 << 30  # bytes at most: counts of MPI-3 bindings end at 2^31 - 1
 
 
 class Scratch:
@@ -31,6 +33,16 @@ class Scratch:
 
     def give_back(self, memory: Values) -> None:
         self._free.setdefault(memory.size, []).append(memory)
+
+
+class Exchange(Protocol):
+    """What an algorithm between nodes is; the modules `direct` and `halving_doubling` are. They say what each does."""
+
+    def allreduce(self, wire: Wire, values: Values, op: str, divisor: float) -> Steps: ...
+
+    def reduce_scatter(self, wire: Wire, values: Values, out: Values, op: str, divisor: float) -> Steps: ...
+
+    def allgather(self, wire: Wire, values: Values) -> Steps: ...
 
 
 class Wire:
@@ -61,16 +73,21 @@ class Wire:
 
     def send(self, place: int, values: Values) -> Any:
         """Starts sending; `values` must not change before the request has completed."""
-        data = self._encoded(values)
-        return self._topology.start_send(data.ctypes.data, data.nbytes, self._ranks[place], self._tag)
+        return self._started(self._topology.start_send, self._encoded(values), place)
 
     def receive(self, place: int, out: Values) -> Any:
         """Starts receiving into `out`."""
         if not self._narrows(out):
-            return self._topology.start_receive(out.ctypes.data, out.nbytes, self._ranks[place], self._tag)
+            return self._started(self._topology.start_receive, out, place)
         raw = self.temporary(out.size, np.dtype(np.uint16))
-        request = self._topology.start_receive(raw.ctypes.data, raw.nbytes, self._ranks[place], self._tag)
-        return _Decoded(request, raw, out, self._wire_dtype)
+        return _Decoded(self._started(self._topology.start_receive, raw, place), raw, out, self._wire_dtype)
+
+    def _started(self, start: Any, values: Values, place: int) -> Any:
+        address, nbytes, peer = values.ctypes.data, values.nbytes, self._ranks[place]
+        if nbytes <= _MESSAGE:
+            return start(address, nbytes, peer, self._tag)
+        pieces = [(address + at, min(_MESSAGE, nbytes - at)) for at in range(0, nbytes, _MESSAGE)]
+        return Together([start(*piece, peer, self._tag) for piece in pieces])
 
     def as_received(self, values: Values) -> None:
         """Rounds values in place to what others get of them."""

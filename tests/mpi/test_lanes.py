@@ -34,7 +34,7 @@ def node_size(request: Any) -> int:
 @pytest.fixture
 def comm(comm: mpidl.Communicator, node_size: int, monkeypatch: pytest.MonkeyPatch) -> mpidl.Communicator:
     """A copy, made once, whose ranks lie on several nodes; slices are so small that a call takes many segments."""
-    monkeypatch.setattr(lanes_module, "_SLICE", 512)
+    monkeypatch.setattr(lanes_module, "SLICE", 512)
     if node_size >= comm.size:
         pytest.skip("one node")
     if comm.size <= RANKS[0] < int(os.environ["MPIDL_TESTS_RANKS"]) or (comm.size, node_size) in SHOWN:
@@ -144,8 +144,8 @@ def test_deterministic_choices_ask_no_link(comm: mpidl.Communicator, node_size: 
 
 def test_a_forced_algorithm_is_taken(comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch):
     taken = []
-    real = lanes_module.Lanes.allreduce
-    monkeypatch.setattr(lanes_module.Lanes, "allreduce", lambda self, what: (taken.append(what), real(self, what))[1])
+    real = lanes_module.Lanes.start
+    monkeypatch.setattr(lanes_module.Lanes, "start", lambda self, call: (taken.append(call), real(self, call))[1])
     for forced, expected in (("mpi", 0), ("direct", 1), ("halving_doubling", 1)):
         monkeypatch.setattr(comm._collectives, "forced", forced)
         taken.clear()

@@ -6,16 +6,17 @@ from __future__ import annotations
 import ctypes
 import random
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mpidl.collectives import direct, halving_doubling
-from mpidl.collectives.steps import Driven
-from mpidl.collectives.wires import Scratch, Wire, cut
+from mpidl.collectives import direct, halving_doubling, wires
+from mpidl.collectives.steps import Driven, Steps
+from mpidl.collectives.wires import Exchange, Scratch, Wire, cut
 
-ALGORITHMS = {"direct": direct.allreduce, "halving_doubling": halving_doubling.allreduce}
+ALGORITHMS: dict[str, Exchange] = {"direct": direct, "halving_doubling": halving_doubling}
 COUNTS = (0, 1, 15, 16, 100, 1000)
 OPS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
 
@@ -66,10 +67,28 @@ class Completed:
 def exchanged(
     algorithm: str, values: list[np.ndarray[Any, Any]], op: str, divisor: float = 1.0, wire_dtype: str = ""
 ) -> Network:
-    size, dice = len(values), random.Random(len(values))
-    network = Network(size)
-    wires = [Wire(end, range(size), Scratch(), 1, wire_dtype) for end in network.ends]  # type: ignore[arg-type]
-    runs = [Driven(ALGORITHMS[algorithm](wire, x, op, divisor)) for wire, x in zip(wires, values, strict=True)]
+    return in_all_places(
+        len(values), lambda wire: ALGORITHMS[algorithm].allreduce(wire, values[wire.place], op, divisor), wire_dtype
+    )
+
+
+def scattered(
+    algorithm: str, values: list[np.ndarray[Any, Any]], op: str, divisor: float = 1.0, wire_dtype: str = ""
+) -> tuple[Network, list[np.ndarray[Any, Any]]]:
+    """The network, and every place's block; the values are not touched."""
+    copies = [x.copy() for x in values]
+    out = [np.empty(x.size // len(values), x.dtype) for x in values]
+
+    def run(wire: Wire) -> Steps:
+        return ALGORITHMS[algorithm].reduce_scatter(wire, copies[wire.place], out[wire.place], op, divisor)
+
+    return in_all_places(len(values), run, wire_dtype), out
+
+
+def in_all_places(size: int, run: Callable[[Wire], Steps], wire_dtype: str = "") -> Network:
+    dice, network = random.Random(size), Network(size)
+    ends = [Wire(end, range(size), Scratch(), 1, wire_dtype) for end in network.ends]  # type: ignore[arg-type]
+    runs = [Driven(run(wire)) for wire in ends]
     for _ in range(10_000):
         left = [run for run in runs if not run.Test()]
         if not left:
@@ -131,6 +150,44 @@ def test_bytes_sent_are_the_least_and_half_in_bfloat16(algorithm: str) -> None:
         for wire_dtype, expected in (("", least), ("bfloat16", least // 2)):
             rows = [whole_numbers(place, count, "float32") for place in range(size)]
             assert exchanged(algorithm, rows, "sum", 1.0, wire_dtype).nbytes == expected
+
+
+@pytest.mark.parametrize("size", range(2, 10))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_reduce_scatter_has_the_bits_of_an_allreduce(algorithm: str, size: int) -> None:
+    for share in (0, 1, 33):
+        rows = [np.random.default_rng(place).standard_normal(size * share).astype(np.float32) for place in range(size)]
+        for op in OPS:
+            _, found = scattered(algorithm, rows, op, 3.0)
+            whole = [row.copy() for row in rows]
+            exchanged(algorithm, whole, op, 3.0)
+            assert np.array_equal(np.concatenate(found), whole[0]), (share, op)
+
+
+@pytest.mark.parametrize("size", range(2, 10))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_allgather_brings_every_block_everywhere(algorithm: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wires, "_MESSAGE", 64)  # a message of more bytes is several
+    for share in (0, 1, 100):
+        expected = np.concatenate([whole_numbers(place, share, "uint8") for place in range(size)])
+        values = [np.zeros_like(expected) for _ in range(size)]
+        for place, x in enumerate(values):
+            x[place * share :][:share] = expected[place * share :][:share]
+        network = in_all_places(size, lambda wire, x=values: ALGORITHMS[algorithm].allgather(wire, x[wire.place]))
+        assert all(np.array_equal(x, expected) for x in values)
+        if algorithm == "direct" or size in (2, 4, 8):
+            assert network.nbytes == size * (size - 1) * share
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_blocks_of_a_reduce_scatter_travel_narrow_and_results_do_not(algorithm: str) -> None:
+    for size in (2, 3, 4):
+        # Exact in the 8 digits of bfloat16, and so are sums of two; sums of three are not.
+        rows = [np.full(1600 * size, 255, np.float32) for _ in range(size)]
+        network, found = scattered(algorithm, rows, "sum", 1.0, "bfloat16")
+        assert (np.concatenate(found) == 255 * size).all()
+        if size != 3:
+            assert network.nbytes == size * (size - 1) * 1600 * 2
 
 
 def test_blocks_cover_everything_once() -> None:
