@@ -43,7 +43,7 @@ class Synchronous(DistributedOptimizer):
             torch.optim and parameters on the cpu only.
         bucket_cap_mb: gradients are reduced in buckets of at most this many MiB while backward goes on.
         wire_dtype: torch.bfloat16 lets float32 gradients travel in that dtype between nodes, in buckets from 256 KiB on
-            (smaller ones if that is faster); sums are taken in float32. None: as they are.
+            (smaller ones if that is faster; with `shard` all); sums are taken in float32. None: as they are.
         buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
 
     Raises:
@@ -75,8 +75,6 @@ class Synchronous(DistributedOptimizer):
             error = ArgumentError(f"wire_dtype={wire_dtype!r}; expected None or torch.bfloat16")
         if shard not in (True, False):
             error = ArgumentError(f"shard={shard!r}; expected True or False")
-        if shard and self._wire_dtype:
-            error = ArgumentError("wire_dtype: with shard=True gradients travel as they are; leave it out")
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
 

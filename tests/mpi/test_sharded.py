@@ -10,6 +10,7 @@ from training_helpers import assert_alike, assert_close
 
 import mpidl
 from mpidl.collectives import costs, lanes
+from mpidl.topology import Topology
 
 TIME_LIMIT = 600
 
@@ -143,6 +144,27 @@ def test_across_nodes_bit_for_bit_where_the_order_does_not_matter(comm, monkeypa
         same_state(optimizer.full_state_dict(), plain.state_dict())
         optimizer.finish()
     plain.finish()
+
+
+def test_gradients_travel_narrow_and_weights_as_they_are(comm, monkeypatch):
+    if comm.size == 1:
+        return
+    force(monkeypatch, "direct")
+    models, nbytes, steps = [], [], 3
+    with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", (comm.size + 1) // 2) as ranks:
+        real = Topology.start_send
+        sent = []
+        monkeypatch.setattr(Topology, "start_send", lambda self, *what: (sent.append(what[1]), real(self, *what))[1])
+        for wire_dtype in (None, torch.bfloat16):
+            model, optimizer = whole_steps(ranks, OPTIMIZERS["adam"], steps, shard=True, wire_dtype=wire_dtype)
+            models.append(model)
+            nbytes.append(sum(sent))
+            sent.clear()
+            optimizer.finish()
+    same(models[1], models[0])
+    once, rest = divmod(nbytes[0], 2 * steps + 1)  # weights also when they are made
+    assert once > 0 == rest
+    assert nbytes[1] == once * (steps + 1) + once * steps // 2
 
 
 def test_without_shared_memory_every_rank_has_weights_of_its_own(comm, monkeypatch):
