@@ -38,7 +38,8 @@ typedef struct {
     uint32_t calls, rounds; /* so far */
 } mpidl_node;
 
-/* One call. Flat memory has any alignment; `input` and `output` lie apart, or are equal.
+/* One call. Flat memory has any alignment; `input` and `output` lie apart, or are equal; of an allgather `input` may be
+ * this rank's place in `output`.
  *
  * With `segments` above 0 the input is no flat memory but a table as in mpidl.h, sorted by offset and without gaps, of
  * elements of `source_dtype` that are scaled and cast to `dtype` on the way; an address of 0 stands for zeros.

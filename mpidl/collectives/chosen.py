@@ -14,11 +14,13 @@ import numpy as np
 
 from mpidl import _node, arrays, cuda_aware, shared_memory
 from mpidl.arrays import ArrayView
-from mpidl.collectives import costs, direct, halving_doubling, lane_allreduce
+from mpidl.collectives import by_lanes, costs
 from mpidl.collectives.agreement import Call, agree, explain, number
 from mpidl.collectives.in_node import Job, Node
-from mpidl.collectives.lane_allreduce import Allreduce, Reduction
-from mpidl.collectives.lanes import Lanes, lanes_of_nodes
+from mpidl.collectives.lane_allgather import Gathering, allgather
+from mpidl.collectives.lane_allreduce import Reduction
+from mpidl.collectives.lane_broadcast import Broadcast, broadcast
+from mpidl.collectives.lanes import Laned, Lanes, lanes_of_nodes
 from mpidl.collectives.quick import Quick
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
@@ -27,7 +29,6 @@ from mpidl.errors import ArgumentError
 from mpidl.topology import Topology
 from mpidl.transfer import carry_out
 
-EXCHANGES: dict[str, Exchange] = {"direct": direct, "halving_doubling": halving_doubling}
 _TAG = 1  # the first of lanes'; 0 is the link's
 _WORDS = (0, number("words of agreement"))  # what these say is compared by whoever asks for them
 
@@ -47,10 +48,10 @@ class Collectives:
 
     Attributes:
         node: what carries out calls if all ranks share memory.
-        lanes: what carries out allreduces if they do so node by node.
+        lanes: what carries out large calls if they do so node by node.
         wire_dtype: as given.
-        forced: one of `costs.ALGORITHMS` that carries out every allreduce between nodes, alike on all ranks; "" for
-            the one that is expected to be fastest.
+        forced: one of `costs.ALGORITHMS` that carries out every call between nodes that it can, alike on all ranks; ""
+            for the one that is expected to be fastest.
     """
 
     def __init__(
@@ -123,17 +124,21 @@ class Collectives:
 
     def broadcast(self, call: Call, memory: ArrayView, root: int) -> Steps:
         """Copies root's bytes into everybody's `memory`."""
-        if self.node is None:
-            yield from carry_out(self.topology.start_broadcast, memory, root)
-        else:
+        if self.node is not None:
             yield from self._done(call, self.node.broadcast(self._words(call), memory, root))
+        elif self.lanes is not None and self._exchange("broadcast", memory) is not None:
+            yield broadcast(self.lanes, Broadcast(self._words(call), memory, root))
+        else:
+            yield from carry_out(self.topology.start_broadcast, memory, root)
 
     def allgather(self, call: Call, send: ArrayView, receive: ArrayView) -> Steps:
         """Collects everybody's `send`, alike in size, in rank order in `receive`."""
-        if self.node is None:
-            yield from carry_out(self.topology.start_allgather, send, receive)
-        else:
+        if self.node is not None:
             yield from self._done(call, self.node.allgather(self._words(call), send, receive))
+        elif self.lanes is not None and self._exchange("allgather", receive) is not None:
+            yield allgather(self.lanes, Gathering(self._words(call), send, receive))
+        else:
+            yield from carry_out(self.topology.start_allgather, send, receive)
 
     def alltoall(self, call: Call, send: ArrayView, receive: ArrayView) -> Steps:
         """Sends block r of `send` to rank r and collects the blocks that come back, in rank order."""
@@ -150,26 +155,33 @@ class Collectives:
             yield from self._done(call, self.node.reduce_like(kind, words, send, receive, op, **options))
             return
         yield from self._agree(call)
-        exchange = self._exchange(send, op) if kind == "allreduce" else None
-        if exchange is not None and receive is not None:
-            words = self._words(call)
-            yield self._by_lanes(Reduction(words, send, receive, op, float(divisor), exchange))
+        exchange = self._exchange(kind, send, op)
+        if exchange is not None and self.lanes is not None and receive is not None:
+            what = Reduction(self._words(call), send, receive, op, float(divisor), exchange)
+            yield by_lanes.start(self.lanes, kind, what)
             return
         rest = (receive, op, root) if kind == "reduce" else (receive, op)
         yield from carry_out(getattr(self.topology, f"start_{kind}"), send, *rest)
         if divisor != 1 and receive is not None:
             arrays.divide(receive, divisor)
 
-    def _exchange(self, memory: ArrayView, op: str, wire_dtype: str = "") -> Exchange | None:
-        """Returns how leaders exchange their slices of an allreduce, or None if MPI is to carry it out."""
-        if self.lanes is None or memory.device != "cpu" or not _node.reduces(memory.dtype, op):
+    def _exchange(self, kind: str, memory: ArrayView, op: str = "sum", wire_dtype: str = "") -> Exchange | None:
+        """Returns how leaders exchange their slices, or None if MPI is to carry out the call; `memory` is all data."""
+        if self.lanes is None or not by_lanes.possible(self.topology, kind, memory, op):
             return None
         narrow = bool(wire_dtype) and memory.dtype == "float32"
-        return EXCHANGES.get(self.forced or costs.choose(self.topology, memory.nbytes, narrow=narrow))
+        chosen = self.forced or costs.choose(self.topology, memory.nbytes, kind=kind, narrow=narrow)
+        return by_lanes.EXCHANGES.get(chosen)
 
-    def _by_lanes(self, reduction: Reduction) -> Allreduce:
-        assert self.lanes is not None
-        return lane_allreduce.allreduce(self.lanes, reduction)
+    def _sum_by_lanes(
+        self, words: tuple[int, int], send: ArrayView | Source, receive: ArrayView, divisor: int
+    ) -> Laned | None:
+        """Starts a sum by lanes; None if MPI is to carry it out."""
+        exchange = self._exchange("allreduce", receive, "sum", self.wire_dtype)
+        if exchange is None or self.lanes is None:
+            return None
+        what = Reduction(words, send, receive, "sum", float(divisor), exchange, self.wire_dtype)
+        return by_lanes.start(self.lanes, "allreduce", what)
 
     def _agree(self, call: Call) -> Steps:
         """Makes sure that all ranks made this call, unless they know."""
@@ -198,18 +210,16 @@ class Collectives:
         """Starts the sum of `send` over all ranks, divided by `divisor`, into `receive`; they lie apart."""
         if self.node is not None:
             return self.node.reduce_like("allreduce", words, send, receive, "sum", divisor=float(divisor))
-        exchange = self._exchange(receive, "sum", self.wire_dtype)
-        if exchange is not None:
-            return self._by_lanes(Reduction(words, send, receive, "sum", float(divisor), exchange, self.wire_dtype))
-        return _SumByMPI(self.topology, send, receive, divisor)
+        started = self._sum_by_lanes(words, send, receive, divisor)
+        return _SumByMPI(self.topology, send, receive, divisor) if started is None else started
 
     def start_gathered_sum(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: int) -> Sum:
         """As `start_sum`, of what lies scattered over memory, and does not change before it has ended."""
         if self.node is not None:
             return self.node.allreduce_table(words, source, receive, float(divisor))
-        exchange = self._exchange(receive, "sum", self.wire_dtype)
-        if exchange is not None:
-            return self._by_lanes(Reduction(words, source, receive, "sum", float(divisor), exchange, self.wire_dtype))
+        under_way = self._sum_by_lanes(words, source, receive, divisor)
+        if under_way is not None:
+            return under_way
         send = arrays.empty_flat(receive.count, receive.dtype)
         started = time.perf_counter()
         finite = source.gather(send)

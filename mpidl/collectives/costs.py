@@ -6,6 +6,7 @@ it is kept with a checkpoint, and MPIDL_DETERMINISTIC=1 lets it depend on sizes 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ _USUAL = Link(latency=20e-6, per_byte=1 / 1.25e9, measured=False)  # 10 Gbit/s o
 _START = 150e-6  # seconds that lanes need beside the network: the jobs of a node, and Python around them
 _MESSAGE = 10e-6  # seconds of a processor for each message
 _LANES_WORK, _MPI_WORK = 1.5e-9, 0.7e-9  # seconds of a processor for each byte; that of lanes goes on beside the link
-_MPI_EXCESS = 1.15  # bytes on the link beyond the least, and waits between them
+_MPI_EXCESS = 1.15  # waits between messages, and bytes on the link beyond what `_sent_by_mpi` says
 _TIE = 1e-9  # seconds: of equals the simpler one
 _NARROW_FROM = 1 << 18  # bytes, from which on narrow data are never left to MPI
 _TRIES, _SMALL, _LARGE = 5, 8, (1 << 17, 1 << 20)  # messages each way; bytes: a burst may pass faster than the rest
@@ -46,9 +47,16 @@ def link_of(topology: Topology) -> Link:
     return topology.link
 
 
-def choose(topology: Topology, nbytes: int, *, narrow: bool = False) -> str:
-    """Returns one of `ALGORITHMS`, alike on every rank; `narrow` data travel in half their bytes, unless by MPI."""
-    costs = estimates(topology, nbytes, narrow=narrow)
+def choose(topology: Topology, nbytes: int, *, kind: str = "allreduce", narrow: bool = False) -> str:
+    """Returns one of `ALGORITHMS`, alike on every rank.
+
+    Args:
+        topology: whose ranks.
+        nbytes: of all data: what a rank gives to an allreduce or reduce_scatter, or gets from the others.
+        kind: one of these three, or "broadcast".
+        narrow: whether the data travel in half their bytes, unless by MPI.
+    """
+    costs = estimates(topology, nbytes, kind=kind, narrow=narrow)
     if narrow and nbytes >= _NARROW_FROM:
         costs.pop("mpi")
     return min(costs, key=costs.__getitem__)
@@ -64,35 +72,58 @@ class Spread:
 
 
 def choose_exchange(topology: Topology, spread: Spread, nbytes: int, *, narrow: bool = False) -> str:
-    """As `choose`, where MPI is no choice, and nodes may be what is `spread`."""
-    costs = _estimates(link_of(topology), spread, nbytes, narrow)
+    """As `choose` for an allreduce, where MPI is no choice and nodes may be what is `spread`."""
+    costs = _estimates(link_of(topology), spread, nbytes, narrow=narrow)
     del costs["mpi"]
     return min(costs, key=costs.__getitem__)
 
 
-def estimates(topology: Topology, nbytes: int, *, narrow: bool = False) -> dict[str, float]:
-    """Returns the seconds that each of `ALGORITHMS` is expected to take, in their order."""
+def estimates(topology: Topology, nbytes: int, *, kind: str = "allreduce", narrow: bool = False) -> dict[str, float]:
+    """Returns the seconds that each of `ALGORITHMS` is expected to take, in their order; arguments as of `choose`."""
     counts = Counter(topology.placement.nodes)
-    return _estimates(link_of(topology), Spread(len(counts), min(counts.values()), topology.size), nbytes, narrow)
+    spread = Spread(len(counts), min(counts.values()), topology.size)
+    costs = _estimates(link_of(topology), spread, nbytes, narrow=narrow, kind=kind)
+    if kind in ("allgather", "broadcast"):  # the one has no blocks side by side in a segment, the other was not built
+        del costs["halving_doubling"]
+    return costs
 
 
-def _estimates(link: Link, spread: Spread, nbytes: int, narrow: bool) -> dict[str, float]:
-    nodes = spread.nodes
+def _estimates(link: Link, spread: Spread, nbytes: int, *, narrow: bool, kind: str = "allreduce") -> dict[str, float]:
+    """An allreduce has two halves, which by lanes cost the same; a broadcast hands out what it gathers."""
+    nodes, halves = spread.nodes, 2 if kind in ("allreduce", "broadcast") else 1
     core = 1 << (nodes.bit_length() - 1)
     rounds = core.bit_length() - 1
     whole = nbytes * link.per_byte
     sent = whole / 2 if narrow else whole
     message = link.latency + _MESSAGE
-    beyond = 2 * (message + sent / spread.lanes) if nodes > core else 0.0
+    beyond = halves * (message + sent / spread.lanes) if nodes > core else 0.0
     # A node sends so much at least, whoever leads; where links are fast, processors are the bound.
-    direct = max(2 * (nodes - 1) / nodes * sent, nbytes * _LANES_WORK)
-    halving = max(2 * (core - 1) / core * sent, nbytes * _LANES_WORK)
-    steps = 2 * (spread.ranks - 1).bit_length() * link.latency
+    work = halves / 2 * nbytes * _LANES_WORK
+    direct = max(halves * (nodes - 1) / nodes * sent, work)
+    halving = max(halves * (core - 1) / core * sent, work)
+    steps = halves * (spread.ranks - 1).bit_length() * link.latency
+    by_mpi = _MPI_EXCESS * _sent_by_mpi(spread, kind) * whole + halves / 2 * nbytes * _MPI_WORK
     return {
-        "mpi": steps + _MPI_EXCESS * 2 * (nodes - 1) / nodes * whole + nbytes * _MPI_WORK,
-        "direct": _START + direct + 2 * link.latency + 2 * (nodes - 1) * _MESSAGE,
-        "halving_doubling": _START + halving + 2 * rounds * message + beyond + _TIE,
+        "mpi": steps + by_mpi,
+        "direct": _START + direct + halves * (link.latency + (nodes - 1) * _MESSAGE),
+        "halving_doubling": _START + halving + halves * rounds * message + beyond + _TIE,
     }
+
+
+def _sent_by_mpi(spread: Spread, kind: str) -> float:
+    """Bytes on the busiest link for each byte of the data.
+
+    Counted on two nodes with two and three ranks each, from 1 MiB on. An allreduce takes the least, 1.0; a
+    reduce-scatter as often the least, 0.5, as a node has ranks (each sends every other its block), or more; an
+    allgather 0.75 and 0.84 (MPICH, a ring), or as a reduce-scatter; a broadcast 1.0 (MPICH, a tree), or that for each
+    rank.
+    """
+    least = (spread.nodes - 1) / spread.nodes
+    if kind == "broadcast":
+        return math.log2(spread.nodes)
+    if kind == "reduce_scatter":
+        return least * min(spread.lanes, 2)
+    return (spread.ranks - 1) / spread.ranks if kind == "allgather" else 2 * least
 
 
 def _all_want_the_usual(topology: Topology) -> bool:

@@ -41,6 +41,22 @@ def allgather_blocks(wire: Wire, blocks: Sequence[Values]) -> Steps:
     yield from sent
 
 
+def broadcast(wire: Wire, values: Values, root: int) -> Steps:
+    """Brings root's `values` to all places: each gets a block from there, and sends it to the others."""
+    blocks = cut(values, wire.size)
+    others = [place for place in wire.others if place != root]
+    if wire.place == root:
+        sent = [wire.send(place, blocks[place]) for place in others]
+        yield from [*sent, *(wire.send(place, blocks[root]) for place in others)]
+        return
+    first = wire.receive(root, blocks[wire.place])
+    received = [wire.receive(place, blocks[place]) for place in wire.others]
+    yield first
+    sent = [wire.send(place, blocks[wire.place]) for place in others]
+    yield from received
+    yield from sent
+
+
 def _reduce_scatter(wire: Wire, blocks: Sequence[Values], out: Values, op: str, divisor: float) -> Steps:
     mine = blocks[wire.place]
     sources = [mine if place == wire.place else wire.temporary(mine.size, mine.dtype) for place in range(wire.size)]

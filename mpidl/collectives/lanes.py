@@ -97,6 +97,18 @@ class NodeJob(Protocol):
         """Spent on packing, and on reducing and copying."""
 
 
+class Nothing:
+    """What a node does where there is nothing to do."""
+
+    differs, finite, seconds = False, True, (0.0, 0.0)
+
+    def Test(self) -> bool:  # noqa: N802  # as MPI names it
+        return True
+
+    def tried(self) -> bool:
+        return True
+
+
 class Laned(ABC):
     """One call under way; a request, and the owner of the memory that it works on.
 

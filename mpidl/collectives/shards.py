@@ -21,7 +21,8 @@ from mpidl import arrays, shared_memory
 from mpidl.arrays import ArrayView
 from mpidl.collectives import costs
 from mpidl.collectives.agreement import number
-from mpidl.collectives.chosen import EXCHANGES, Collectives, Sum
+from mpidl.collectives.by_lanes import EXCHANGES
+from mpidl.collectives.chosen import Collectives, Sum
 from mpidl.collectives.lane_reduce_scatter import Scattering, reduce_scatter, strips
 from mpidl.collectives.lanes import AHEAD, Lanes
 from mpidl.collectives.sources import Source

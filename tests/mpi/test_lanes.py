@@ -1,10 +1,14 @@
-"""Allreduces of ranks on several nodes (pretended: MPIDL_NODE_SIZE), by every algorithm, against whole numbers."""
+"""Calls of ranks on several nodes (pretended: MPIDL_NODE_SIZE), by every algorithm, against whole numbers."""
 
 from __future__ import annotations
 
 import gc
 import os
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from mpidl import arrays, leaving
 from mpidl.collectives import Collectives, Source, costs, wires
 from mpidl.collectives import lanes as lanes_module
 from mpidl.packing import Table
+from mpidl.topology import Topology
 
 WITH_OTHERS = True
 RANKS = (4, 8)
@@ -48,11 +53,12 @@ def comm(comm: mpidl.Communicator, node_size: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(params=EXCHANGES)
 def algorithm(request: Any, comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch) -> str:
-    if (
-        request.param == "direct"
-        and comm.size > RANKS[0]
-        and request.function is not test_every_rank_gets_the_reduction
-    ):
+    test, directly = request.function, request.param == "direct"
+    one_way = test in (test_every_rank_gets_all_blocks, test_every_rank_gets_the_roots_data)
+    if one_way and (not directly or comm.size == RANKS[1]):
+        pytest.skip("it has one way only, shown by fewer ranks")
+    few = directly and not (one_way or test is test_every_rank_gets_the_reduction)
+    if (few and comm.size > RANKS[0]) or (test is test_every_rank_gets_its_block and comm.size == RANKS[1]):
         pytest.skip("shown by fewer ranks")
     monkeypatch.setattr(costs, "choose", lambda *_, **__: request.param)
     return str(request.param)
@@ -70,6 +76,71 @@ def test_every_rank_gets_the_reduction(comm: mpidl.Communicator, algorithm: str)
                 assert np.array_equal(comm.allreduce(inputs[comm.rank], op), function.reduce(inputs)), (dtype, op)
             x = inputs[comm.rank].copy()
             assert np.array_equal(comm.allreduce(x, out=x), np.add.reduce(inputs))  # in place
+
+
+@contextmanager
+def calls_by_lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What is started on lanes meanwhile."""
+    started: list[Any] = []
+    real = lanes_module.Lanes.start
+    with monkeypatch.context() as patched:
+        patched.setattr(lanes_module.Lanes, "start", lambda self, call: (started.append(call), real(self, call))[1])
+        yield started
+
+
+def test_every_rank_gets_its_block(comm: mpidl.Communicator, algorithm: str, monkeypatch: pytest.MonkeyPatch):
+    even = len(set(Counter(comm.topology.placement.nodes).values())) == 1
+    for dtype in ("float32", "int64", "float16"):
+        for share in (0, 1, 63, 500):
+            inputs = [values(rank, share * comm.size, dtype) for rank in range(comm.size)]
+            for op, function in (("sum", np.add), ("max", np.maximum)):
+                with calls_by_lanes(monkeypatch) as started:
+                    found = comm.reduce_scatter(inputs[comm.rank], op)
+                assert np.array_equal(found, function.reduce(inputs)[comm.rank * share :][:share]), (dtype, share, op)
+                assert len(started) == even  # others are left to MPI
+    x = torch.randn(comm.size * 100, generator=torch.Generator().manual_seed(comm.rank))
+    if even:  # in the order of an allreduce
+        assert torch.equal(comm.reduce_scatter(x, "mean"), comm.allreduce(x, "mean")[comm.rank * 100 :][:100])
+
+
+def test_every_rank_gets_all_blocks(comm: mpidl.Communicator, algorithm: str, monkeypatch: pytest.MonkeyPatch):
+    for dtype in ("uint8", "bool", "complex64", "float64"):
+        for count in (0, 1, 130, 700):
+            inputs = [values(rank, count, "int64").astype(dtype) for rank in range(comm.size)]
+            with calls_by_lanes(monkeypatch) as started:
+                found = comm.allgather(inputs[comm.rank])
+            assert np.array_equal(found, np.stack(inputs)), (dtype, count)
+            assert len(started) == 1
+    half = torch.full((33, 2), comm.rank + 0.5, dtype=torch.bfloat16)
+    assert torch.equal(comm.allgather(half)[:, 0, 0], torch.arange(comm.size, dtype=torch.bfloat16) + 0.5)
+
+
+def test_every_rank_gets_the_roots_data(comm: mpidl.Communicator, algorithm: str, monkeypatch: pytest.MonkeyPatch):
+    for dtype in ("uint8", "bool", "complex64", "float64"):
+        for count in (0, 1, 130, 700):
+            for root in {0, comm.size // 2, comm.size - 1}:
+                x = values(comm.rank, count, "int64").astype(dtype)
+                x.flags.writeable = comm.rank != root
+                with calls_by_lanes(monkeypatch) as started:
+                    comm.broadcast(x, root)
+                assert np.array_equal(x, values(root, count, "int64").astype(dtype)), (dtype, count, root)
+                assert len(started) == 1
+
+
+def test_ranks_of_a_node_need_not_follow_each_other(comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch):
+    if (comm.size, comm.nodes) != (4, 2):
+        pytest.skip("shown by 4 ranks")
+    monkeypatch.setattr(costs, "choose", lambda *_, **__: "direct")
+    placement = replace(comm.topology.placement, nodes=(0, 1, 0, 1))
+    topology = Topology(comm.topology._mpi, comm.topology.data, "by turns", placement)
+    ranks = mpidl.Communicator._over(topology)
+    inputs = [values(rank, 4000, "float64") for rank in range(4)]
+    with calls_by_lanes(monkeypatch) as started:
+        assert np.array_equal(ranks.reduce_scatter(inputs[ranks.rank]), sum(inputs)[ranks.rank * 1000 :][:1000])
+        assert len(started) == 1
+        assert np.array_equal(ranks.allgather(inputs[ranks.rank]), np.stack(inputs))
+        assert len(started) == 1  # a node's blocks do not lie side by side: MPI brings them
+    ranks.free()
 
 
 def test_means_and_bits(comm: mpidl.Communicator, algorithm: str):
@@ -143,13 +214,10 @@ def test_deterministic_choices_ask_no_link(comm: mpidl.Communicator, node_size: 
 
 
 def test_a_forced_algorithm_is_taken(comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch):
-    taken = []
-    real = lanes_module.Lanes.start
-    monkeypatch.setattr(lanes_module.Lanes, "start", lambda self, call: (taken.append(call), real(self, call))[1])
     for forced, expected in (("mpi", 0), ("direct", 1), ("halving_doubling", 1)):
         monkeypatch.setattr(comm._collectives, "forced", forced)
-        taken.clear()
-        assert (comm.allreduce(np.ones(10)) == comm.size).all()
+        with calls_by_lanes(monkeypatch) as taken:
+            assert (comm.allreduce(np.ones(10)) == comm.size).all()
         assert len(taken) == expected
 
 

@@ -34,6 +34,29 @@ def test_two_nodes_exchange_directly_and_many_by_halving() -> None:
     assert costs.choose(ranks([2] * 3, GIGABIT), 64 * MIB) == "direct"  # what is beyond a power of two is dear
 
 
+def test_halves_of_an_allreduce_go_by_lanes_from_some_size_on() -> None:
+    for kind in ("reduce_scatter", "allgather"):
+        for nodes in ([1, 1], [2, 2], [8] * 8):
+            for link in (GIGABIT, TEN):
+                assert costs.choose(ranks(nodes, link), 4 * KIB, kind=kind) == "mpi"
+                assert costs.choose(ranks(nodes, link), 16 * MIB, kind=kind) != "mpi"
+                whole = costs.estimates(ranks(nodes, link), 64 * MIB)
+                half = costs.estimates(ranks(nodes, link), 64 * MIB, kind=kind)
+                assert half["direct"] == pytest.approx(whole["direct"] / 2, rel=0.01)
+    for nodes in ([1, 1], [2, 2], [8] * 8):
+        assert costs.choose(ranks(nodes, GIGABIT), 4 * KIB, kind="broadcast") == "mpi"
+        assert costs.choose(ranks(nodes, GIGABIT), 16 * MIB, kind="broadcast") == "direct"
+    for kind in ("allgather", "broadcast"):
+        assert "halving_doubling" not in costs.estimates(ranks([2, 2], TEN), MIB, kind=kind)
+    many = ranks([2] * 256, Link(100e-6, 8e-9))
+    assert costs.choose(many, 4 * MIB, kind="reduce_scatter") == "halving_doubling"
+
+
+def test_bytes_of_mpi_are_those_that_were_counted() -> None:
+    for kind, expected in (("allreduce", 1.0), ("reduce_scatter", 1.0), ("allgather", 0.75), ("broadcast", 1.0)):
+        assert costs._sent_by_mpi(costs.Spread(2, 2, 4), kind) == expected
+
+
 def test_narrow_data_are_never_left_to_mpi_from_some_size_on() -> None:
     for link in (GIGABIT, TEN, HUNDRED):
         for nodes in ([1, 1], [2, 2], [4] * 16):

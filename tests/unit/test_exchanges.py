@@ -179,6 +179,16 @@ def test_an_allgather_brings_every_block_everywhere(algorithm: str, size: int, m
             assert network.nbytes == size * (size - 1) * share
 
 
+@pytest.mark.parametrize("size", range(2, 10))
+def test_a_broadcast_brings_roots_values_everywhere(size: int) -> None:
+    for count in (0, 1, 17, 1000):
+        for root in (0, size // 2, size - 1):
+            values = [whole_numbers(place, count, "int32") for place in range(size)]
+            expected = values[root].copy()
+            in_all_places(size, lambda wire, x=values, root=root: direct.broadcast(wire, x[wire.place], root))
+            assert all(np.array_equal(x, expected) for x in values)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_blocks_of_a_reduce_scatter_travel_narrow_and_results_do_not(algorithm: str) -> None:
     for size in (2, 3, 4):
