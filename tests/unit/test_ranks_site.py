@@ -1,4 +1,7 @@
-"""What the tests' ranks put off of torch comes when something asks for it, and nothing in an optimizer does."""
+"""What the tests' ranks put off of torch comes when something asks for it, and nothing in an optimizer does.
+
+The garbage collector works once torch is there.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import sys
 from launching import environment_for_tests
 
 PROGRAM = """
-import sys, torch
+import gc, sys, torch
+print(gc.isenabled(), gc.get_freeze_count() > 100_000)
 model = torch.nn.Linear(2, 1)
 for kind in (torch.optim.SGD, torch.optim.Adam):
     optimizer = kind(model.parameters(), lr=0.1)
@@ -28,4 +32,4 @@ def test_an_optimizer_does_without_and_the_compiler_gets_the_whole() -> None:
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, env=environment_for_tests(), check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["False", "2.0", "torch._dynamo.utils True True"]
+    assert done.stdout.splitlines() == ["True True", "False", "2.0", "torch._dynamo.utils True True"]
