@@ -66,7 +66,8 @@ prepare() { # mpi
     local pip=("$venv/bin/pip" --disable-pip-version-check --quiet)
     say "$1: preparing $venv"
     [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
-    "${pip[@]}" install -c jobs/constraints.txt "${index[@]}" "${wheels[0]}[$1,jobs,plot,test]"
+    # Python compiles what is imported; to compile all that comes with torch takes longer than to install it.
+    "${pip[@]}" install --no-compile -c jobs/constraints.txt "${index[@]}" "${wheels[0]}[$1,jobs,plot,test]"
     "${pip[@]}" install --no-deps --force-reinstall "${wheels[0]}" # pip leaves one of the same version as it is
 }
 
