@@ -22,7 +22,7 @@ from launching import kill_all
 
 _INSIDE = FOLDER in os.environ
 _MPI_TESTS = Path(__file__).parent / "mpi"
-_IN_ONE_LAUNCH = 9  # files
+_IN_ONE_LAUNCH = 14  # files
 _outcomes = pytest.StashKey[dict[str, Outcome]]()
 _ON_REQUEST = {"slurm": "tests on a SLURM cluster", "guards": "tests of the tests"}
 _left_out = pytest.StashKey[dict[str, int]]()

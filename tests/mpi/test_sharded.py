@@ -12,6 +12,7 @@ import mpidl
 from mpidl.collectives import costs, lanes
 from mpidl.topology import Topology
 
+WITH_OTHERS = True
 TIME_LIMIT = 600
 
 OPTIMIZERS = {
@@ -135,7 +136,7 @@ def whole_steps(comm, make, steps, *, shard, **options):
 
 @pytest.mark.parametrize("name", FIFTY)
 def test_across_nodes_bit_for_bit_where_the_order_does_not_matter(comm, monkeypatch, name):
-    if comm.size == 1:
+    if comm.size == 1 or (comm.size < 4 and name not in ("momentum", "adam")):  # each of the others: 2 nodes of 2
         return
     expected, plain = whole_steps(comm, OPTIMIZERS[name], 50, shard=False)
     with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", (comm.size + 1) // 2) as ranks:  # two nodes

@@ -161,17 +161,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "setting", "line"),
+    ("ranks", "kind", "setting", "line"),
     [
-        ("aware", "auto", "ok    GPU arrays: go to MPI directly (shown by a child process)"),
-        ("unaware", "auto", f"ok    GPU arrays: {STAGED}(the child process that tried it was ended by signal 11)"),
-        ("aware", "", f"ok    GPU arrays: {STAGED}(MPIDL_CUDA_AWARE=0)"),
-        ("aware", "yes", "FAIL  GPU arrays: MPIDL_CUDA_AWARE='yes': expected 0"),
+        (2, "aware", "auto", "ok    GPU arrays: go to MPI directly (shown by a child process)"),
+        (1, "unaware", "auto", f"ok    GPU arrays: {STAGED}(the child process that tried it was ended by signal 11)"),
+        (1, "aware", "", f"ok    GPU arrays: {STAGED}(MPIDL_CUDA_AWARE=0)"),
+        (1, "aware", "yes", "FAIL  GPU arrays: MPIDL_CUDA_AWARE='yes': expected 0"),
     ],
     ids=["shown", "crashes", "off", "nonsense"],
 )
-def test_how_arrays_on_a_gpu_come_to_mpi(built: str, kind: str, setting: str, line: str) -> None:
+def test_how_arrays_on_a_gpu_come_to_mpi(built: str, ranks: int, kind: str, setting: str, line: str) -> None:
     variables = {"MPIDL_CUDA_AWARE": setting, FOLDER: built}
-    result = run_ranks(2, [sys.executable, "-c", on_a_gpu(kind)], timeout=200, env=variables)
+    result = run_ranks(ranks, [sys.executable, "-c", on_a_gpu(kind)], timeout=200, env=variables)
     assert line in result.stdout, result.output
     assert result.returncode == line.startswith("FAIL")

@@ -72,11 +72,11 @@ def train(ranks: int, *arguments: str, env: dict[str, str] | None = None) -> Res
     return run_ranks(ranks, [MPIDL, "train", *arguments], timeout=240, env=env)
 
 
-# The full length where the accuracy must be reached, short runs for the other numbers of ranks.
+# All three at the length in which the accuracy must be reached; more ranks than cores for the one that stays stable.
 CASES = [
     ("synchronous", 2, 20),
     ("agn", 4, 20),
-    ("downpour", 4, 20),
+    ("downpour", 2, 20),
 ]
 
 
