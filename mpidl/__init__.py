@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.packing import DevicePacked, Packed, pack, unpack
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
+    from mpidl.parameter_server.dynsgd import DynSGD
     from mpidl.request import Request
     from mpidl.sharded_step import exclusive
     from mpidl.synchronous import Synchronous
@@ -47,6 +48,7 @@ _HOME = {
     "exclusive": "sharded_step",
     "Downpour": "parameter_server.downpour",
     "AGN": "parameter_server.agn",
+    "DynSGD": "parameter_server.dynsgd",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -71,6 +73,7 @@ __all__ = [
     "DevicePacked",
     "Downpour",
     "DtypeError",
+    "DynSGD",
     "ExtensionError",
     "ForkedError",
     "LauncherError",

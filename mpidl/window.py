@@ -1,7 +1,8 @@
 """RMA windows: memory of every rank that the others read and add to without its help.
 
 One access epoch, opened for the whole run by `lock_all`; every operation below ends flushed. What lies in a window and
-who adds what is decided in `parameter_server`.
+who adds what is decided in `parameter_server`. On one element, operations that meet must be of one kind: all `add`
+and `add_and_read`, or all `replace`; `read` goes with either.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Window:
         self._type = datatypes.mpi_datatype(self._mpi, dtype)
         itemsize = np.dtype(dtype).itemsize
         info = self._mpi.Info.Create()
-        info.Set("accumulate_ops", "same_op_no_op")  # only SUM meets NO_OP on an element: MPI may use atomics
+        info.Set("accumulate_ops", "same_op_no_op")  # one operation and NO_OP meet on an element: MPI may use atomics
         # One element where none was asked for: not every MPI takes an empty part.
         self._window = self._mpi.Win.Allocate(max(1, count) * itemsize, itemsize, info, ranks.data)
         info.Free()
@@ -97,6 +98,26 @@ class Window:
         scattered.Commit()
         self._window.Accumulate([values, values.size, self._type], target, (0, 1, scattered), self._mpi.SUM)
         scattered.Free()  # MPI keeps what the operation under way needs
+
+    def replace(self, target: int, offset: int, values: np.ndarray[Any, Any]) -> None:
+        """Starts replacing target's elements from `offset` on, which others may read; ends with `flush`."""
+        self._check()
+        self._lent.append((target, values))
+        for at in range(0, values.size, _PIECE):
+            piece = values[at : at + _PIECE]
+            place = (offset + at, piece.size, self._type)
+            self._window.Accumulate([piece, self._type], target, place, self._mpi.REPLACE)
+
+    def add_and_read(
+        self, target: int, offset: int, values: np.ndarray[Any, Any], before: np.ndarray[Any, Any]
+    ) -> None:
+        """Starts adding `values` and copying what was there before, as one step per element; ends with `flush`."""
+        self._check()
+        self._lent.append((target, (values, before)))
+        for at in range(0, values.size, _PIECE):
+            given, found = values[at : at + _PIECE], before[at : at + _PIECE]
+            place = (offset + at, given.size, self._type)
+            self._window.Get_accumulate([given, self._type], [found, self._type], target, place, self._mpi.SUM)
 
     def read(self, target: int, offset: int, out: np.ndarray[Any, Any]) -> None:
         """Starts copying target's elements from `offset` on into `out`, atomic per element; ends with `flush`."""

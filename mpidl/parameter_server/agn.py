@@ -5,24 +5,23 @@ dist-keras calls this rule ADAG; in mpidl ADAG is the rule of the thesis' chapte
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from mpidl.parameter_server.worker import Worker
+from mpidl.parameter_server.delta import DeltaWorker
+from mpidl.parameter_server.sharding import Flat
 
 
-class AGN(Worker):
+class AGN(DeltaWorker):
     """Commits the mean of the local steps' moves: (theta_lambda - theta_0) / lambda; the center adds it.
 
     A shorter last window is divided by its real length. With `communication_window=1` this is `Downpour`. A window of
     about 0.64 times the number of workers or more keeps the center stable. Source: thesis Eq. 3.1; Hermans et al.,
     *Accumulated Gradient Normalization*, ACML 2017.
 
-    Args and errors as `Worker`.
+    Args and errors as `DeltaWorker`.
     """
 
-    def _rule(self, moved: np.ndarray[Any, Any], steps: int) -> np.ndarray[Any, Any]:
+    def _rule(self, moved: Flat, steps: int) -> Flat:
         return moved if steps == 1 else np.divide(moved, steps, out=moved)
 
     def _commits_the_move(self, steps: int) -> bool:

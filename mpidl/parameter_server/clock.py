@@ -2,15 +2,20 @@
 
 `begun` is fetched and increased before a commit's data, `landed` increased after they were flushed; a pull reads
 `landed` before its data. So a pull never misses a commit counted in its clock, and staleness never under-counts. A
-third word carries the wish to stop.
+third word carries the wish to stop, a fourth the end of a warm start. Behind them lie two counts of each worker's own
+exchanges, by which `pace` holds fast workers back.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from mpidl.topology import Topology
 from mpidl.window import Plan
 
-_BEGUN, _LANDED, _STOP = 0, 1, 2
+_BEGUN, _LANDED, _STOP, _WARM = range(4)
+_WORDS = 4
+_GONE = 1 << 40  # exchanges that a worker counts as having made when it has left: nobody waits for it
 
 
 class Clock:
@@ -20,16 +25,19 @@ class Clock:
         ranks: who can reach it.
         plan: as `Clock.plan` gives it.
         home: the rank that holds the words.
+        workers: how many of the ranks, the first ones, commit.
     """
 
-    def __init__(self, ranks: Topology, plan: Plan, home: int) -> None:
+    def __init__(self, ranks: Topology, plan: Plan, home: int, workers: int) -> None:
         self._window = plan.make(ranks)
         self._home = home
+        self._rank, self._workers = ranks.rank, workers
 
     @staticmethod
-    def plan(name: str, size: int, home: int) -> Plan:
+    def plan(name: str, size: int, home: int, workers: int) -> Plan:
         """Returns what a clock needs of `size` ranks."""
-        return Plan(f"the clock of {name}", "int64", tuple(3 if rank == home else 0 for rank in range(size)))
+        words = _WORDS + 2 * workers
+        return Plan(f"the clock of {name}", "int64", tuple(words if rank == home else 0 for rank in range(size)))
 
     def begin(self) -> int:
         """Takes a number for a commit: 0, 1, 2, ..., each given once."""
@@ -55,6 +63,44 @@ class Clock:
     def stop_requested(self) -> bool:
         """Returns whether some worker asked to stop."""
         return self._window.fetch_add(self._home, _STOP, 0) > 0
+
+    def end_warm_start(self) -> None:
+        """Lets the workers that `warm` keeps waiting begin."""
+        self._window.fetch_add(self._home, _WARM, 1)
+
+    def warm(self) -> bool:
+        """Returns whether the warm start is over."""
+        return self._window.fetch_add(self._home, _WARM, 0) > 0
+
+    def committed(self) -> None:
+        """Counts an exchange of this worker whose commit has landed."""
+        self._count(0, 1)
+
+    def pulled(self) -> None:
+        """Counts an exchange of this worker that has also read the center."""
+        self._count(1, 1)
+
+    def leave(self) -> None:
+        """Lets nobody wait for this worker any more."""
+        self._count(0, _GONE)
+        self._count(1, _GONE)
+
+    def fewest_committed(self) -> int:
+        """Returns the number of `committed` exchanges of the slowest worker that has not left."""
+        return self._fewest(0)
+
+    def fewest_pulled(self) -> int:
+        """Returns the number of `pulled` exchanges of the slowest worker that has not left."""
+        return self._fewest(1)
+
+    def _count(self, kind: int, by: int) -> None:
+        self._window.fetch_add(self._home, _WORDS + kind * self._workers + self._rank, by)
+
+    def _fewest(self, kind: int) -> int:
+        counts = np.empty(self._workers, np.int64)
+        self._window.read(self._home, _WORDS + kind * self._workers, counts)
+        self._window.flush(self._home)
+        return int(counts.min())
 
     def close(self) -> None:
         """Gives the words back; a collective."""

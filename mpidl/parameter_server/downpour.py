@@ -5,23 +5,20 @@ Dean's own Downpour, which sends gradients to an Adagrad at the server, is anoth
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-from mpidl.parameter_server.worker import Worker
+from mpidl.parameter_server.delta import DeltaWorker
+from mpidl.parameter_server.sharding import Flat
 
 
-class Downpour(Worker):
+class Downpour(DeltaWorker):
     """Commits the sum of the local steps' moves: theta_lambda - theta_0; the center adds it.
 
     With many workers or a long window the center overshoots (thesis Fig. 2.13, 3.2): then use `AGN`. Source:
     J. Hermans, *On Scalable Deep Learning and Parallelizing Gradient Descent*, 2017, chapter 2; after Dean et al. 2012.
 
-    Args and errors as `Worker`.
+    Args and errors as `DeltaWorker`.
     """
 
-    def _rule(self, moved: np.ndarray[Any, Any], steps: int) -> np.ndarray[Any, Any]:
+    def _rule(self, moved: Flat, steps: int) -> Flat:
         return moved
 
     def _commits_the_move(self, steps: int) -> bool:

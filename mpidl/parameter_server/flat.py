@@ -5,18 +5,15 @@ On a device all parameters of a dtype are packed by one launch straight into pin
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from mpidl import arrays, devices, packing, state
 from mpidl.layout import Layout, Slot
+from mpidl.parameter_server.sharding import Flat
 
-_Flat = np.ndarray[Any, Any]
 
-
-def new(layout: Layout, like: torch.Tensor) -> _Flat:
+def new(layout: Layout, like: torch.Tensor) -> Flat:
     """Returns memory for a flat array of this layout, from and to which parameters on `like`'s device can be packed."""
     view = arrays.view(like)
     if view.device == "cpu":
@@ -25,7 +22,7 @@ def new(layout: Layout, like: torch.Tensor) -> _Flat:
     return devices.of(view).pinned(layout.count * dtype.itemsize).view(dtype)
 
 
-def pack(layout: Layout, tensors: list[torch.Tensor]) -> _Flat:
+def pack(layout: Layout, tensors: list[torch.Tensor]) -> Flat:
     """Returns the tensors' elements, in C order, in a new flat array; on a device, once its stream has come so far."""
     flat = new(layout, tensors[0])
     if arrays.view(tensors[0]).device == "cpu":
@@ -37,7 +34,7 @@ def pack(layout: Layout, tensors: list[torch.Tensor]) -> _Flat:
     return flat
 
 
-def unpack(layout: Layout, flat: _Flat, tensors: list[torch.Tensor]) -> None:
+def unpack(layout: Layout, flat: Flat, tensors: list[torch.Tensor]) -> None:
     """Copies a flat array that `new` or `pack` gave into tensors, in the order of their device's stream."""
     names = [_packable(tensor, flat) for tensor in tensors]
     dense = [
@@ -58,13 +55,13 @@ def unpack(layout: Layout, flat: _Flat, tensors: list[torch.Tensor]) -> None:
             tensor.copy_(one)
 
 
-def _packable(tensor: torch.Tensor, flat: _Flat) -> torch.Tensor:
+def _packable(tensor: torch.Tensor, flat: Flat) -> torch.Tensor:
     """Returns `tensor`, or a copy where packing knows no way between its dtype and that of `flat`."""
     names = {state.dtype_name(tensor), flat.dtype.name}
     return tensor.to(getattr(torch, flat.dtype.name)) if "float64" in names and len(names) > 1 else tensor
 
 
-def _on_device(name: str, flat: _Flat, dense: list[torch.Tensor], layout: Layout) -> devices.Event:
+def _on_device(name: str, flat: Flat, dense: list[torch.Tensor], layout: Layout) -> devices.Event:
     """One launch for each dtype; returns the point in the stream behind them."""
     device = devices.of(arrays.view(dense[0]))
     stream = device.current_stream("torch")

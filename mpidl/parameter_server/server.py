@@ -1,23 +1,25 @@
-"""The center variable and its two operations, commit and pull, in the *rma* protocol.
+"""The center variable and its operations, in the *rma* protocol.
 
 Commits are `MPI_Accumulate(SUM)`, pulls `MPI_Get_accumulate(NO_OP)`: atomic per element, so that no commit is lost,
-and served by MPI while the owner computes. What a worker commits is its algorithm's business.
+and served by MPI while the owner computes. Rules that must read and write the center in one step exchange shard by
+shard under a lock. What a worker commits is its algorithm's business.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mpidl.parameter_server.clock import Clock
+from mpidl.parameter_server.locks import Locks
 from mpidl.parameter_server.progress import start_progress
-from mpidl.parameter_server.sharding import shard
+from mpidl.parameter_server.sharded_array import ShardedArray, plan_of
+from mpidl.parameter_server.sharding import Flat, shard
 from mpidl.service import Service
 from mpidl.topology import Topology
 from mpidl.waiting import Lookout
-from mpidl.window import Plan
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,16 @@ class Aim:
     """Makes up for rounding: s + (theta - s) is not theta where a step is larger than the element that it moves."""
 
     clock: int  # of the pull
-    pulled: np.ndarray[Any, Any]
-    wanted: np.ndarray[Any, Any]
+    pulled: Flat
+    wanted: Flat
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an algorithm needs beside center and clock."""
+
+    locks: bool = False  # of the shards, for `exchange`
+    sums: bool = False  # an array like the center, zeros at first, for `add_to_sums`
 
 
 class Server:
@@ -38,78 +48,119 @@ class Server:
         name: for messages.
         service: the dedicated servers of these workers, which then hold all shards and the clock; None: the workers
             hold them, each a shard.
+        beside: what else is held, shard by shard, on the same ranks.
     """
 
     def __init__(
-        self, ranks: Topology, initial: np.ndarray[Any, Any], name: str, service: Service | None = None
+        self,
+        ranks: Topology,
+        initial: Flat,
+        name: str,
+        service: Service | None = None,
+        beside: Beside = Beside(),
     ) -> None:
         self._name, self._service = name, service
         owners = service.servers if service is not None else range(ranks.size)
         size = max(ranks.size, owners.stop)
         shards = shard(initial.size, len(owners), owners.start)
-        counts = dict.fromkeys(range(size), 0) | {part.owner: part.count for part in shards}
-        clock = Clock.plan(name, size, home=owners.start)
-        center = Plan(f"the center of {name}", initial.dtype.name, tuple(counts.values()))
-        self._ranks = service.open(name, (clock, center)) if service is not None else ranks  # all that hold or reach it
-        self.clock = Clock(self._ranks, clock, home=owners.start)
-        self._window = center.make(self._ranks)
-        for part in shards[ranks.rank :: ranks.size]:  # workers share the writing out of what all of them know
-            self._window.write(part.owner, 0, initial[part.start : part.start + part.count])
-        self._window.flush()
-        ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
         # Workers begin with different shards and go on to the right, so that they spread over the owners.
         first = ranks.rank % len(shards)
         self._order = shards[first:] + shards[:first]
+        clock = Clock.plan(name, size, owners.start, ranks.size)
+        center = plan_of(f"the center of {name}", initial.dtype.name, shards, size)
+        locks = [Locks.plan(name, size, owners)] if beside.locks else []
+        sums = [plan_of(f"the sums of {name}", initial.dtype.name, shards, size)] if beside.sums else []
+        plans = (clock, center, *locks, *sums)
+        self._ranks = service.open(name, plans) if service is not None else ranks  # all that hold or reach it
         self._lookout = Lookout(self._ranks.channel, "")
         self._where = f"the center of {name} lies on rank(s) {', '.join(map(str, owners))}"
-        held = counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
+        self.clock = Clock(self._ranks, clock, owners.start, ranks.size)
+        self._center = ShardedArray(self._ranks, center, self._order)
+        self._locks = Locks(self._ranks, locks[0], self.look) if locks else None
+        self._sums = ShardedArray(self._ranks, sums[0], self._order) if sums else None
+        for part in shards[ranks.rank :: ranks.size]:  # workers share the writing out of what all of them know
+            self._center.window.write(part.owner, 0, initial[part.start : part.start + part.count])
+        self._center.flush()
+        ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
+        held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
         self._progress = start_progress(self._ranks, name) if held else None
 
-    def commit(self, delta: np.ndarray[Any, Any], aim: Aim | None = None) -> int:
+    def commit(self, delta: Flat, aim: Aim | None = None, number: int | None = None) -> int:
         """Adds `delta` to the center and returns the commit's number: how many commits began before it.
 
         Args:
             delta: flat, of the center's dtype.
             aim: where the center should be afterwards, exactly, if nobody else committed since the pull.
+            number: from `clock.begin()`, if `delta` depends on it; None: taken here.
         """
-        number = self.clock.begin()
-        for part in self._order:
-            if part.count:
-                self._window.add(part.owner, 0, delta[part.start : part.start + part.count])
+        if number is None:
+            number = self.clock.begin()
+        self._center.add(delta)
         if aim is not None and number == aim.clock:
-            self._correct(aim.wanted - (aim.pulled + delta))
-        self._window.flush()
+            self._center.add_few(aim.wanted - (aim.pulled + delta))
+        self._center.flush()
         self.clock.land()  # only now: who reads this count must find the data
         return number
 
-    def pull(self, out: np.ndarray[Any, Any]) -> int:
+    def pull(self, out: Flat) -> int:
         """Copies the center into `out` and returns a clock: every commit that it counts is in the copy."""
         landed = self.clock.landed()  # before the data: later commits may be in the copy, counted ones must be
-        for part in self._order:
-            if part.count:
-                self._window.read(part.owner, 0, out[part.start : part.start + part.count])
-        self._window.flush()
+        self._center.read(out)
         return landed
 
-    def restore(self, clock: int, residual: np.ndarray[Any, Any] | None) -> None:
+    def exchange(self, change: Callable[[slice, Flat], Flat], out: Flat) -> tuple[int, int]:
+        """Commits and pulls in one step for each shard, which nobody else reads or writes meanwhile.
+
+        Args:
+            change: is given a shard's place in the flat variable and its elements, and returns what they become.
+            out: receives the center as it is afterwards.
+
+        Returns:
+            The commit's number, and a clock: this commit, and every other one that it counts, is in `out`.
+        """
+        assert self._locks is not None
+        landed = self.clock.landed()
+        number = self.clock.begin()
+        for part in self._order:
+            if part.count:
+                here = slice(part.start, part.start + part.count)
+                with self._locks.held(part.owner):
+                    self._center.window.read(part.owner, 0, out[here])
+                    self._center.window.flush(part.owner)
+                    out[here] = change(here, out[here])
+                    self._center.window.replace(part.owner, 0, out[here])
+                    self._center.window.flush(part.owner)  # before the lock goes: who comes next must find it
+        self.clock.land()
+        return number, landed + 1
+
+    def add_to_sums(self, values: Flat) -> Flat:
+        """Adds to the array beside the center and returns what it held before, in one step for each element."""
+        assert self._sums is not None
+        return self._sums.add_and_read(values)
+
+    def sums(self) -> Flat | None:
+        """Returns a copy of the array beside the center; None if there is none."""
+        if self._sums is None:
+            return None
+        copied = np.empty(sum(part.count for part in self._order), self._sums.dtype)
+        self._sums.read(copied)
+        return copied
+
+    def restore(self, clock: int, residual: Flat | None, sums: Flat | None = None) -> None:
         """Makes a variable that was just made go on from a saved one; by one rank, before any commit or pull.
 
         Args:
             clock: commits in the saved variable.
             residual: saved minus initial, where the initial one was rounded; the sum is exact.
+            sums: the saved array beside the center.
         """
         if residual is not None:
-            self._correct(residual)
-            self._window.flush()
+            self._center.add_few(residual)
+            self._center.flush()
+        if sums is not None and self._sums is not None:
+            self._sums.add(sums)
+            self._sums.flush()
         self.clock.advance(clock)
-
-    def _correct(self, residual: np.ndarray[Any, Any]) -> None:
-        """Adds the few elements that are not zero; MPI keeps them behind the commit's own, element by element."""
-        for part in self._order:
-            values = residual[part.start : part.start + part.count]
-            indices = np.flatnonzero(values).astype(np.int32)
-            if indices.size:
-                self._window.add_at(part.owner, indices, values[indices])
 
     def look(self) -> None:
         """Looks for ranks that have died; between exchanges nothing else would tell.
@@ -129,7 +180,8 @@ class Server:
         self.end_progress()
         if self._service is not None:
             self._service.close(self._ranks)
-        self._window.close()
-        self.clock.close()
+        for held in (self._sums, self._locks, self._center, self.clock):  # the last that was opened first
+            if held is not None:
+                held.close()
         if self._service is not None:
             self._ranks.free()

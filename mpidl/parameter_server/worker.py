@@ -1,62 +1,56 @@
 """The worker's side, shared by all algorithms: local steps, and an exchange after each communication window.
 
-An algorithm is a subclass that says what is committed (`_rule`). Nothing between the constructor and `finish()` is a
-collective: no worker ever waits for another.
+An algorithm is a subclass that says how it commits and pulls. `delta` and `exclusive` are the two ways that most share.
+Nothing between the constructor and `finish()` is a collective: no worker waits for another, unless `max_clock_spread`
+or a warm start asks for it.
 """
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from mpidl import leaving, state
 from mpidl.communicator import Communicator
-from mpidl.errors import ArgumentError, RankFailedError
+from mpidl.errors import RankFailedError
 from mpidl.layout import Tensor, lay_out
 from mpidl.optimizer import DistributedOptimizer
-from mpidl.parameter_server import flat
-from mpidl.parameter_server.server import Aim, Server
-
-
-@dataclass
-class Statistics:
-    """What asynchronous training did so far on this rank."""
-
-    steps: int = 0  # local optimiser steps
-    commits: int = 0
-    refused_commits: int = 0  # held an infinity or a NaN; the center was pulled instead
-    staleness: Counter[int] = field(default_factory=Counter)  # commits of others between pull and commit -> how often
-    bytes: int = 0  # committed and pulled
-    seconds_communicating: float = 0.0
-
-    @property
-    def mean_staleness(self) -> float:
-        """The mean of the histogram; NaN before the first commit."""
-        total = sum(self.staleness.values())
-        return sum(tau * n for tau, n in self.staleness.items()) / total if total else float("nan")
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "staleness": dict(sorted(self.staleness.items())), "mean_staleness": self.mean_staleness}
+from mpidl.parameter_server import checks, flat
+from mpidl.parameter_server.pace import Pace
+from mpidl.parameter_server.server import Beside, Server
+from mpidl.parameter_server.sharding import Flat
+from mpidl.parameter_server.statistics import Statistics
 
 
 class Worker(DistributedOptimizer):
-    """Base of the asynchronous optimisers: any torch optimiser takes local steps, then deltas are exchanged.
+    """Base of the asynchronous optimisers.
 
     The inner optimiser's state (momentum, moments) is this worker's own and is kept across pulls.
 
     Args:
         optimizer: takes the local steps; holds parameters of `model` only. Hyperparameters may differ between ranks.
         model: parameters and buffers are broadcast from rank 0, in place; the center starts from them.
-        communication_window: local steps per exchange; 5 as in dist-keras.
+        communication_window: local steps per exchange.
+        max_clock_spread: no worker is more than so many exchanges ahead of the slowest (SSP, Ho et al. 2013); with 0
+            they go in rounds. None: nobody waits for anybody.
         comm: who trains together; default `mpidl.world()`. The center lies on its servers, if it has any.
         buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
+        error: what a subclass found wrong with its own arguments.
+        hyperparameters: a subclass' own, by name; alike on all ranks.
+
+    Raises:
+        ArgumentError: optimiser and model do not belong together, or an argument cannot work; alike on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
+        MismatchError: the ranks gave different models or arguments.
     """
+
+    _beside: ClassVar[Beside] = Beside()  # what the server holds for this algorithm
 
     def __init__(
         self,
@@ -64,13 +58,19 @@ class Worker(DistributedOptimizer):
         model: torch.nn.Module,
         *,
         communication_window: int = 5,
+        max_clock_spread: int | None = None,
         comm: Communicator | None = None,
         buffers: str = "mean",
+        error: Exception | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
     ) -> None:
-        self._window_length = communication_window
-        error = None
-        if not isinstance(communication_window, int) or communication_window < 1:
-            error = ArgumentError(f"communication_window={communication_window!r}; expected a whole number, 1 or more")
+        self._window_length, self._spread = communication_window, max_clock_spread
+        self._hyperparameters = dict(hyperparameters or {})
+        error = (
+            checks.whole("communication_window", communication_window, least=1)
+            or (None if max_clock_spread is None else checks.whole("max_clock_spread", max_clock_spread, least=0))
+            or error
+        )
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
         self._orders = [state.memory_order(p) for _, p in self._held]
@@ -81,26 +81,56 @@ class Worker(DistributedOptimizer):
         ]
         self._layout = lay_out(tensors, "float64" if wide else "float32")
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
-        self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service)
+        self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
+        self._pace = Pace(self._server.clock, max_clock_spread, self._server.look)
         self._clock = 0  # at the last pull
-        self._steps = 0  # local steps since the last pull
-        self._last: tuple[int, np.ndarray[Any, Any]] | None = None  # clock and center at `finish()`
+        self._steps = 0  # local steps since the last exchange
+        self._last: tuple[int, Flat] | None = None  # clock and center at `finish()`
+        self._last_sums: Flat | None = None
+        self._last_own: dict[str, Flat] = {}
         self._stop_wished = False
         self.stopping = False
 
     def _describe(self) -> dict[str, Any]:
-        return {"communication_window": self._window_length, "buffers": self._buffers}
+        own = {"communication_window": self._window_length, "max_clock_spread": self._spread, "buffers": self._buffers}
+        return own | self._hyperparameters
+
+    # What an algorithm is made of.
+
+    def _local_step(self) -> None:
+        """Moves the local parameters by this step's gradients."""
+        self._inner.step()
+
+    def _exchange_if_due(self) -> None:
+        """Exchanges if enough local steps were taken."""
+        if self._steps == self._window_length:
+            self._exchange()
 
     @abstractmethod
-    def _rule(self, moved: np.ndarray[Any, Any], steps: int) -> np.ndarray[Any, Any]:
-        """Returns what is committed after `steps` local steps that `moved` the parameters; may change it in place."""
+    def _commit(self) -> None:
+        """Sends what `self._steps` local steps came to, unless it holds an infinity or a NaN."""
 
-    def _commits_the_move(self, steps: int) -> bool:
-        """Returns whether `_rule` gives back `moved` unchanged; then a commit that met no other is exact."""
-        return False
+    def _fetch(self) -> None:
+        """Makes the local parameters what the next window starts from, if `_commit` did not."""
+        self._pull()
+
+    def own_state(self) -> dict[str, Flat]:
+        """Returns what this worker keeps between exchanges besides the inner optimiser's state, as flat arrays.
+
+        After `finish()`, what it was when all was committed and the center not yet pulled.
+        """
+        return self._last_own if self._finished else self._own()
+
+    def _own(self) -> dict[str, Flat]:
+        return {}
+
+    def restore_own_state(self, saved: Mapping[str, Flat]) -> None:
+        """Goes on from what `own_state` returned; after `restore`, no collective."""
+
+    # What the user calls.
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Takes a local step; after `communication_window` of them, commits and pulls.
+        """Takes a local step; after `communication_window` of them, exchanges with the center.
 
         Raises:
             ArgumentError: a closure was given.
@@ -111,25 +141,28 @@ class Worker(DistributedOptimizer):
         failed = leaving.thread_failure()
         if failed is not None:  # there is no step header here that would tell the others: ending this rank does
             raise RankFailedError(f"rank {self._ranks.rank}: {failed}")
-        self._inner.step()
+        self._local_step()
         self.statistics.steps += 1
         self._steps += 1
-        if self._steps == self._window_length:
-            self._exchange()
+        self._exchange_if_due()
 
     def center(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Returns the clock and a copy of the center variable, by parameter name; one-sided, not a collective."""
         clock, pulled = self.snapshot()
         return clock, self.named(pulled)
 
-    def snapshot(self) -> tuple[int, np.ndarray[Any, Any]]:
+    def snapshot(self) -> tuple[int, Flat]:
         """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there."""
         if self._last is not None:
             return self._last
         pulled = flat.new(self._layout, self._held[0][1].detach())
         return self._server.pull(pulled), pulled
 
-    def named(self, center: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+    def sums(self) -> Flat | None:
+        """Returns a copy of what lies beside the center (Adagrad's sums), flat, or None; one-sided."""
+        return self._last_sums if self._last is not None else self._server.sums()
+
+    def named(self, center: Flat) -> dict[str, torch.Tensor]:
         """Returns the parts of a flat center by parameter name, in the parameters' dtypes, on their device.
 
         Args:
@@ -142,15 +175,16 @@ class Worker(DistributedOptimizer):
             for (name, _), one, order in zip(self._held, dense, self._orders, strict=True)
         }
 
-    def restore(self, clock: int, center: np.ndarray[Any, Any] | None = None) -> None:
+    def restore(self, clock: int, center: Flat | None = None, sums: Flat | None = None) -> None:
         """Makes a run go on from a saved center; a collective before the first step.
 
         Args:
             clock: how many commits are in it.
             center: as `snapshot` gave it, if it is wider than the parameters, which the model holds already.
+            sums: as `sums` gave them.
         """
         if self._ranks.rank == 0:
-            self._server.restore(clock, None if center is None else center - self._start)
+            self._server.restore(clock, None if center is None else center - self._start, sums)
         self._ranks.barrier("restoring the center")  # nobody may commit before, nor pull
         self._pull()
 
@@ -177,30 +211,42 @@ class Worker(DistributedOptimizer):
     def _close(self) -> None:
         if self._steps:
             self._exchange()
+        self._pace.leave()
         self._ranks.barrier("finish")  # after it every commit has landed: each rank flushed its own
+        self._last_own, self._last_sums = self._own(), self._server.sums()
         self._last = self._pull()
         self._server.close()
 
+    # What algorithms share.
+
     def _exchange(self) -> None:
         started = time.perf_counter()
+        self._meet()
+        self._pace.before_commit()
+        self._commit()
+        self._pace.after_commit()
+        self._fetch()
+        self._pace.after_pull()
+        self._steps = 0
+        self._after_exchange(started)
+
+    def _meet(self) -> None:
+        """Begins an exchange: looks for the dead, passes a wish to stop on."""
         self._server.look()
         if self._stop_wished:
             self._server.clock.request_stop()
             self._stop_wished = False
-        reached = self._flat()
-        delta = self._rule(reached - self._start, self._steps)
-        if np.isfinite(delta).all():
-            same_dtype = all(state.dtype_name(p) == self._layout.dtype for _, p in self._held)
-            exact = same_dtype and self._commits_the_move(self._steps)
-            number = self._server.commit(delta, Aim(self._clock, self._start, reached) if exact else None)
-            self.statistics.commits += 1
-            self.statistics.staleness[number - self._clock] += 1
-            self.statistics.bytes += delta.nbytes
-        else:
-            self._refuse_commit()
-        self._pull()
+
+    def _after_exchange(self, started: float) -> None:
+        """Ends an exchange that began at `started`, of time.perf_counter()."""
         self.stopping = self._server.clock.stop_requested()
+        self.statistics.seconds_waiting += self._pace.take_seconds()
         self.statistics.seconds_communicating += time.perf_counter() - started
+
+    def _count_commit(self, staleness: int, nbytes: int) -> None:
+        self.statistics.commits += 1
+        self.statistics.staleness[staleness] += 1
+        self.statistics.bytes += nbytes
 
     def _refuse_commit(self) -> None:
         """Keeps an infinity or a NaN out of the center, where it would reach everybody; says so the first time."""
@@ -211,19 +257,28 @@ class Worker(DistributedOptimizer):
                 "from the center. If it happens again and again, the local optimizer's state (momentum) may hold it too"
             )
 
-    def _pull(self) -> tuple[int, np.ndarray[Any, Any]]:
-        views = self._views()
-        pulled = flat.new(self._layout, views[0])
+    def _pull(self) -> tuple[int, Flat]:
+        """Makes the local parameters the center; returns its clock and the center, which may be wider than they are."""
+        pulled = flat.new(self._layout, self._views()[0])
         self._clock = self._server.pull(pulled)
         self.statistics.bytes += pulled.nbytes
-        flat.unpack(self._layout, pulled, views)
-        # Packed again: what local steps start from is the center rounded to the model's dtype, and only what they move
-        # may be committed.
-        self._start = self._flat()
-        self._steps = 0
+        self._start_from(pulled)
         return self._clock, pulled
 
-    def _flat(self) -> np.ndarray[Any, Any]:
+    def _start_from(self, values: Flat) -> None:
+        """Gives the local parameters these values; `values` must come from `flat.new` or `flat.pack`."""
+        flat.unpack(self._layout, values, self._views())
+        # Packed again: what local steps start from is rounded to the model's dtype, and only what they move may be
+        # committed.
+        self._start = self._flat()
+
+    def _like(self, saved: Flat) -> Flat:
+        """Returns a copy from which parameters can be unpacked."""
+        copied = flat.new(self._layout, self._views()[0])
+        copied[:] = saved
+        return copied
+
+    def _flat(self) -> Flat:
         return flat.pack(self._layout, self._views())
 
     def _views(self) -> list[torch.Tensor]:

@@ -62,9 +62,9 @@ BREAKAGES = {
         "mpi/test_mismatch.py",
     ),
     "a commit skips the last shard": Breakage(
-        "parameter_server/server.py",
-        "        for part in self._order:\n            if part.count:\n                self._window.add(",
-        "        for part in self._order[:-1]:\n            if part.count:\n                self._window.add(",
+        "parameter_server/sharded_array.py",
+        "        for part in self._order:\n            if part.count:\n                self.window.add(",
+        "        for part in self._order[:-1]:\n            if part.count:\n                self.window.add(",
         "mpi/test_server.py",
         "-k add_up",
     ),
@@ -81,8 +81,10 @@ BREAKAGES = {
     ),
     "a commit counts before it has landed": Breakage(
         "parameter_server/server.py",
-        "        number = self.clock.begin()\n",
-        "        number = self.clock.begin()\n        self.clock.land()\n        __import__('time').sleep(0.002)\n",
+        "            number = self.clock.begin()\n",
+        "            number = self.clock.begin()\n"
+        "            self.clock.land()\n"
+        "            __import__('time').sleep(0.002)\n",
         "mpi/test_server.py",
         "-k clocks_while_all_run_free",
     ),
