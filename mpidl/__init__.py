@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
         StalledError,
     )
     from mpidl.packing import DevicePacked, Packed, pack, unpack
+    from mpidl.parameter_server.adag import ADAG
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.parameter_server.dynsgd import DynSGD
@@ -49,6 +50,7 @@ _HOME = {
     "Downpour": "parameter_server.downpour",
     "AGN": "parameter_server.agn",
     "DynSGD": "parameter_server.dynsgd",
+    "ADAG": "parameter_server.adag",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -65,6 +67,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ADAG",
     "AGN",
     "ArgumentError",
     "ClosedError",
