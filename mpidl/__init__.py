@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     )
     from mpidl.packing import DevicePacked, Packed, pack, unpack
     from mpidl.parameter_server.adag import ADAG
+    from mpidl.parameter_server.aeasgd import AEASGD
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.parameter_server.dynsgd import DynSGD
@@ -51,6 +52,7 @@ _HOME = {
     "AGN": "parameter_server.agn",
     "DynSGD": "parameter_server.dynsgd",
     "ADAG": "parameter_server.adag",
+    "AEASGD": "parameter_server.aeasgd",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -68,6 +70,7 @@ _HOME = {
 
 __all__ = [
     "ADAG",
+    "AEASGD",
     "AGN",
     "ArgumentError",
     "ClosedError",
