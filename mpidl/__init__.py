@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.parameter_server.dynsgd import DynSGD
+    from mpidl.parameter_server.eamsgd import EAMSGD
     from mpidl.request import Request
     from mpidl.sharded_step import exclusive
     from mpidl.synchronous import Synchronous
@@ -53,6 +54,7 @@ _HOME = {
     "DynSGD": "parameter_server.dynsgd",
     "ADAG": "parameter_server.adag",
     "AEASGD": "parameter_server.aeasgd",
+    "EAMSGD": "parameter_server.eamsgd",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -72,6 +74,7 @@ __all__ = [
     "ADAG",
     "AEASGD",
     "AGN",
+    "EAMSGD",
     "ArgumentError",
     "ClosedError",
     "Communicator",
