@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.parameter_server.adag import ADAG
     from mpidl.parameter_server.aeasgd import AEASGD
     from mpidl.parameter_server.agn import AGN
+    from mpidl.parameter_server.dcasgd import DCASGD
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.parameter_server.dynsgd import DynSGD
     from mpidl.parameter_server.eamsgd import EAMSGD
@@ -55,6 +56,7 @@ _HOME = {
     "ADAG": "parameter_server.adag",
     "AEASGD": "parameter_server.aeasgd",
     "EAMSGD": "parameter_server.eamsgd",
+    "DCASGD": "parameter_server.dcasgd",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -74,6 +76,7 @@ __all__ = [
     "ADAG",
     "AEASGD",
     "AGN",
+    "DCASGD",
     "EAMSGD",
     "ArgumentError",
     "ClosedError",

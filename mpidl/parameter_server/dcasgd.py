@@ -1,0 +1,95 @@
+"""DC-ASGD: a delayed gradient is corrected, to first order, by what the center has moved meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from mpidl.communicator import Communicator
+from mpidl.parameter_server import checks, sgd
+from mpidl.parameter_server.exclusive import ExclusiveWorker
+from mpidl.parameter_server.sharding import Flat
+
+
+class DCASGD(ExclusiveWorker):
+    """Commits -eta * (g + lambda g*g*(w_t - w_bak)): g*g stands for the diagonal of the Hessian.
+
+    w_t is the center at the commit, w_bak what this worker last read of it: one backup per worker, kept by the worker,
+    where MXNet's code keeps one for all. eta and the momentum are those of the optimiser; with momentum the worker
+    commits v = momentum * v - eta * (...). With `lambda_=0` and no momentum this is `Downpour` over plain SGD. After a
+    longer window g is the sum of its gradients. Source: S. Zheng et al., *Asynchronous Stochastic Gradient Descent with
+    Delay Compensation*, ICML 2017, with the constant lambda (DC-ASGD-c).
+
+    Args:
+        optimizer: a torch.optim.SGD without dampening and nesterov.
+        model, max_clock_spread, comm, buffers: as `Worker`.
+        communication_window: local steps per exchange; 1 in the paper.
+        lambda_: strength of the correction; 0.04, as in the code of MXNet.
+
+    Raises:
+        ArgumentError: another optimiser; or as `Worker`.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        communication_window: int = 1,
+        lambda_: float = 0.04,
+        max_clock_spread: int | None = None,
+        comm: Communicator | None = None,
+        buffers: str = "mean",
+    ) -> None:
+        self._lambda = lambda_
+        self._move = self._correction = np.empty(0)  # of an exchange
+        self._velocity: Flat | None = None
+        unused = ("dampening", "nesterov", "maximize")
+        super().__init__(
+            optimizer,
+            model,
+            communication_window=communication_window,
+            max_clock_spread=max_clock_spread,
+            comm=comm,
+            buffers=buffers,
+            error=checks.plain_sgd(optimizer, "DCASGD", unused=unused) or checks.not_negative("lambda_", lambda_),
+            hyperparameters={"lambda_": lambda_},
+        )
+
+    def _local_step(self) -> None:
+        """Moves by -eta g; the momentum comes in when the gradient has been corrected."""
+        with sgd.stepping_with(self._inner, momentum=0.0):
+            self._inner.step()
+
+    def _prepare(self, reached: Flat) -> None:
+        self._move = reached - self._start  # -eta g
+        rates, momenta = (sgd.of_each(self._inner, self._held, key) for key in ("lr", "momentum"))
+        self._correction = self._move * self._move  # eta^2 g*g
+        for slot, rate in zip(self._layout.slots, rates, strict=True):
+            self._correction[slot.offset : slot.offset + slot.count] *= self._lambda / rate if rate else 0.0
+        if not any(momenta):
+            self._velocity = None
+        else:
+            self._velocity = np.zeros_like(reached) if self._velocity is None else self._velocity
+            for slot, momentum in zip(self._layout.slots, momenta, strict=True):
+                self._velocity[slot.offset : slot.offset + slot.count] *= momentum
+
+    def _change(self, here: slice, reached: Flat, center: Flat) -> Flat:
+        behind = center - self._start[here]
+        if self._velocity is None and not behind.any():
+            exact: Flat = reached[here].copy()  # start + (reached - start) would round
+            return exact
+        step = self._move[here] - self._correction[here] * behind
+        if self._velocity is not None:
+            self._velocity[here] += step
+            step = self._velocity[here]
+        changed: Flat = center + step
+        return changed
+
+    def _own(self) -> dict[str, Flat]:
+        return {} if self._velocity is None else {"velocity": self._velocity.copy()}
+
+    def restore_own_state(self, saved: Mapping[str, Flat]) -> None:
+        self._velocity = saved["velocity"].copy() if "velocity" in saved else None
