@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.parameter_server.dynsgd import DynSGD
     from mpidl.parameter_server.eamsgd import EAMSGD
+    from mpidl.parameter_server.gem import GEM
     from mpidl.request import Request
     from mpidl.sharded_step import exclusive
     from mpidl.synchronous import Synchronous
@@ -57,6 +58,7 @@ _HOME = {
     "AEASGD": "parameter_server.aeasgd",
     "EAMSGD": "parameter_server.eamsgd",
     "DCASGD": "parameter_server.dcasgd",
+    "GEM": "parameter_server.gem",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -78,6 +80,7 @@ __all__ = [
     "AGN",
     "DCASGD",
     "EAMSGD",
+    "GEM",
     "ArgumentError",
     "ClosedError",
     "Communicator",
