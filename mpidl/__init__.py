@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.parameter_server.aeasgd import AEASGD
     from mpidl.parameter_server.agn import AGN
     from mpidl.parameter_server.dcasgd import DCASGD
+    from mpidl.parameter_server.distbelief import DistBelief
     from mpidl.parameter_server.downpour import Downpour
     from mpidl.parameter_server.dynsgd import DynSGD
     from mpidl.parameter_server.eamsgd import EAMSGD
@@ -59,6 +60,7 @@ _HOME = {
     "EAMSGD": "parameter_server.eamsgd",
     "DCASGD": "parameter_server.dcasgd",
     "GEM": "parameter_server.gem",
+    "DistBelief": "parameter_server.distbelief",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -86,6 +88,7 @@ __all__ = [
     "Communicator",
     "DeviceError",
     "DevicePacked",
+    "DistBelief",
     "Downpour",
     "DtypeError",
     "DynSGD",
