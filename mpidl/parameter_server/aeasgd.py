@@ -19,8 +19,9 @@ class AEASGD(ExclusiveWorker):
     """Every communication window moves worker and center towards each other by alpha * (x - center).
 
     Both sides move by the same amount, computed from the same pair, in one step for each shard: x + center stays what
-    it was. A worker keeps parameters of its own; `finish()` makes them the center. Source: S. Zhang, A. Choromanska,
-    Y. LeCun, *Deep learning with Elastic Averaging SGD*, NIPS 2015, Algorithm 1.
+    it was. As in the paper the exchange comes before the next local step, whose gradient was taken at x as it was:
+    x - alpha * (x - center) - eta * g(x). A worker keeps parameters of its own; `finish()` makes them the center.
+    Source: S. Zhang, A. Choromanska, Y. LeCun, *Deep learning with Elastic Averaging SGD*, NIPS 2015, Algorithm 1.
 
     Args:
         optimizer: takes the local steps; any.
@@ -82,6 +83,25 @@ class AEASGD(ExclusiveWorker):
             raise ArgumentError(f"alpha = {text} = {self.alpha:g}; expected at most 1, where worker and center swap")
         return super()._describe()
 
+    def _local_step(self) -> None:
+        if self._steps == self._window_length:
+            refused = self.statistics.refused_commits
+            self._exchange()
+            if self.statistics.refused_commits > refused:
+                return  # the gradient was taken at parameters that are given up
+        self._take_step()
+
+    def _take_step(self) -> None:
+        self._inner.step()
+
+    def _exchange_if_due(self) -> None:
+        """Nothing: it comes with the next step, or with `finish()`."""
+
+    @property
+    def exchanged(self) -> bool:
+        """Always: `own_state` says where this worker stands."""
+        return True
+
     def _prepare(self, reached: Flat) -> None:
         self._elastic = np.empty_like(reached)
 
@@ -95,8 +115,9 @@ class AEASGD(ExclusiveWorker):
         self._start_from(np.subtract(reached, self._elastic, out=reached))
 
     def _own(self) -> dict[str, Flat]:
-        return {"parameters": self._flat()}
+        return {"parameters": self._flat(), "steps": np.array([self._steps])}
 
     def restore_own_state(self, saved: Mapping[str, Flat]) -> None:
         if "parameters" in saved:
             self._start_from(self._like(saved["parameters"]))
+            self._steps = int(saved["steps"][0])

@@ -52,7 +52,7 @@ class EAMSGD(AEASGD):
             error=checks.plain_sgd(optimizer, "EAMSGD", unused=("dampening", "maximize")),
         )
 
-    def _local_step(self) -> None:
+    def _take_step(self) -> None:
         with sgd.stepping_with(self._inner, nesterov=True):
             self._inner.step()
 

@@ -1,0 +1,340 @@
+"""The family under contention, the bound of SSP, warm starts; and what makes asynchronous training fail, with its cure.
+
+Failures and cures run in turns, so that staleness is exactly n - 1 and the bounds of theory can be held to.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from family_helpers import ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, in_turns, one_step, sgd, weight
+
+import mpidl
+from mpidl.parameter_server import gem
+from mpidl.parameter_server.server import Beside, Server
+
+WITH_OTHERS = True
+SERVERS = (0, 1)
+SWAPS = 25
+
+
+# ------------------------------------------------------------------------------------------------------- contention
+
+
+def test_exchanges_lose_and_tear_nothing(world_comm):
+    """Every worker swaps a vector of its own, all of one number, with the center, again and again, all at once.
+
+    Whoever reads a shard that another is writing, or writes what another has meanwhile replaced, leaves numbers that
+    were lost, doubled, or mixed within a shard.
+    """
+    comm = world_comm
+    ranks = comm.topology.duplicate("test of the exchange")
+    server = Server(ranks, np.zeros(ELEMENTS), "test", comm.service, Beside(locks=True))
+    mine, out, numbers = np.full(ELEMENTS, comm.rank + 1.0), np.empty(ELEMENTS), []
+    clock = 0
+    for _ in range(SWAPS):
+        seen = np.empty(ELEMENTS)
+
+        def swap(here, center, seen=seen, mine=mine):
+            seen[here] = center
+            return mine[here].copy()
+
+        number, now = server.exchange(swap, out)
+        assert number >= clock and now > clock
+        assert np.array_equal(out, mine)
+        numbers.append(number)
+        mine, clock = seen, now
+        for part in server._order:
+            assert np.unique(mine[part.start : part.start + part.count]).size <= 1
+    ranks.barrier("all have swapped")
+    assert server.pull(out) == SWAPS * comm.size
+    held = np.sort(np.vstack([everyone(comm, mine), out]), axis=0)
+    assert np.array_equal(held, np.arange(comm.size + 1.0)[:, None].repeat(ELEMENTS, 1))
+    assert np.array_equal(np.sort(everyone(comm, np.array(numbers)).ravel()), np.arange(SWAPS * comm.size))
+    server.close()
+    ranks.free()
+
+
+def test_a_lock_is_given_in_the_order_in_which_it_was_asked_for(world_comm):
+    """Fair service: rank 0 holds it until all others have asked, the last rank first; none may overtake another."""
+    comm = world_comm
+    ranks = comm.topology.duplicate("test of the locks")
+    server = Server(ranks, np.zeros(1), "test", comm.service, Beside(locks=True))
+    (part,) = (part for part in server._order if part.count)
+    tickets, out, asked = server._locks._window, np.empty(1), 0
+    mine = (comm.size - comm.rank) % comm.size  # 0, then the last rank, ...
+    while asked != mine:
+        asked = tickets.fetch_add(part.owner, 0, 0)
+
+    def count(_, center):
+        while comm.rank == 0 and tickets.fetch_add(part.owner, 0, 0) < comm.size:
+            time.sleep(0.001)
+        return center + 1
+
+    server.exchange(count, out)
+    assert out[0] == mine + 1
+    server.close()
+    ranks.free()
+
+
+def test_sums_of_squares_count_every_push_in_one_order(world_comm):
+    """Integers: sums are exact, and what each push found before itself are the partial sums of one order."""
+    comm = world_comm
+    ranks = comm.topology.duplicate("test of the sums")
+    server = Server(ranks, np.zeros(ELEMENTS), "test", comm.service, Beside(sums=True))
+    found = [server.add_to_sums(np.full(ELEMENTS, 1.0 + comm.rank)) for _ in range(60)]
+    ranks.barrier("all have pushed")
+    total = 60 * comm.size * (comm.size + 1) / 2
+    assert (server.sums() == total).all()
+    pieces = everyone(comm, np.array(found)).reshape(-1, ELEMENTS)
+    after = pieces + np.repeat(np.arange(1.0, comm.size + 1), 60)[:, None]
+    before, after = np.sort(pieces, axis=0), np.sort(after, axis=0)
+    assert (before[0] == 0).all() and np.array_equal(before[1:], after[:-1])
+    server.close()
+    ranks.free()
+
+
+def test_dynsgd_scales_by_a_staleness_that_no_other_commit_shares(world_comm, monkeypatch):
+    """All commit at once from the same center: numbers tell them apart, and only one of them has staleness 0."""
+    comm, rounds, log = world_comm, 40, []
+    commit = Server.commit
+
+    def logged(server, delta, aim=None, number=None):
+        log.append((number, optimizer._clock, delta[1]))
+        return commit(server, delta, aim, number)
+
+    monkeypatch.setattr(Server, "commit", logged)
+    model = Slope(0)
+    optimizer = mpidl.DynSGD(sgd(model, 1.0), model, communication_window=1, comm=comm)
+    for _ in range(rounds):
+        comm.barrier()
+        one_step(model, optimizer)
+    comm.barrier()
+    every = everyone(comm, np.array(log)).reshape(-1, 3)
+    assert np.array_equal(np.sort(every[:, 0]), np.arange(rounds * comm.size))
+    np.testing.assert_allclose(every[:, 2], -1 / (every[:, 0] - every[:, 1] + 1), rtol=1e-9)
+    np.testing.assert_allclose(center_of(optimizer)[1], every[:, 2].sum(), rtol=1e-9)
+    comm.barrier()
+    optimizer.finish()
+
+
+# -------------------------------------------------------------------------------------------------------------- SSP
+
+
+@pytest.mark.parametrize("name", ["Downpour", "AEASGD", "GEM", "DistBelief"])
+@pytest.mark.parametrize("spread", [0, 2])
+def test_no_worker_is_more_than_the_spread_ahead(world_comm, name, spread):
+    """The last rank takes no step until the others can go no further: one commit more than the spread, and they wait.
+
+    Whenever a worker may go on, the slowest is at most `spread` exchanges behind.
+    """
+    comm, leads = world_comm, []
+    slow = comm.rank == comm.size - 1
+    model = Slope(comm.rank)
+    optimizer = KINDS[name](sgd(model, 1e-3), model, communication_window=1, max_clock_spread=spread, comm=comm)
+    clock = optimizer._server.clock
+    if slow:
+        others = [0]
+        while min(others) < spread + 1:
+            time.sleep(0.001)
+            others = committed(clock)[:-1]
+        time.sleep(0.02)
+        assert (committed(clock)[:-1] == spread + 1).all()
+    for _ in range(8):
+        one_step(model, optimizer)
+        leads.append(optimizer.statistics.commits - clock.fewest_committed())
+    assert max(leads) <= spread
+    optimizer.finish()
+    assert slow or optimizer.statistics.seconds_waiting > 0.01
+    assert optimizer.statistics.seconds_waiting <= optimizer.statistics.seconds_communicating
+
+
+def committed(clock):
+    """Everybody's exchanges."""
+    counts = np.empty(clock._workers, np.int64)
+    clock._window.read(clock._home, 4, counts)
+    clock._window.flush()
+    return counts
+
+
+def test_a_spread_of_0_is_bulk_synchronous(world_comm):
+    """Rounds on the same center, dyadic numbers: the result is that of serial rounds, bit for bit."""
+    comm, rounds, lr = world_comm, 6, 1 / 8
+    model = Bowl(np.zeros(7), np.arange(7.0) * (comm.rank + 1))
+    optimizer = mpidl.Downpour(sgd(model, lr), model, communication_window=1, max_clock_spread=0, comm=comm)
+    for _ in range(rounds):
+        time.sleep(0.002 * comm.rank)
+        one_step(model, optimizer)
+    optimizer.finish()
+    center = np.zeros(7)
+    for _ in range(rounds):
+        center = center - lr * sum(center - np.arange(7.0) * (rank + 1) for rank in range(comm.size))
+    assert np.array_equal(weight(model), center)
+
+
+def test_without_a_spread_nobody_waits_and_nothing_is_counted(world_comm):
+    comm = world_comm
+    model = Slope(comm.rank)
+    optimizer = mpidl.Downpour(sgd(model), model, communication_window=1, comm=comm)
+    if comm.rank:  # rank 0 takes no step until the others have taken all of theirs
+        for _ in range(20):
+            one_step(model, optimizer)
+    comm.barrier()
+    assert optimizer.statistics.seconds_waiting == 0
+    assert optimizer._server.clock.fewest_committed() == 0
+    comm.barrier()
+    optimizer.finish()
+
+
+def test_who_has_finished_is_not_waited_for(world_comm):
+    """Workers take different numbers of steps, with tails; the fast ones go on when the others have left."""
+    comm = world_comm
+    model = Slope(comm.rank)
+    optimizer = mpidl.AGN(sgd(model), model, communication_window=2, max_clock_spread=1, comm=comm)
+    for _ in range(3 + 4 * comm.rank):
+        one_step(model, optimizer)
+    optimizer.finish()
+    assert optimizer.statistics.commits == math.ceil((3 + 4 * comm.rank) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------- warm start
+
+
+@pytest.mark.parametrize("spread", [None, 1])
+def test_in_a_warm_start_rank_0_trains_alone(world_comm, spread):
+    comm = world_comm
+    model = Slope(comm.rank)
+    optimizer = mpidl.DistBelief(sgd(model), model, gamma=0.5, warm_start=5, max_clock_spread=spread, comm=comm)
+    if comm.rank == 0:
+        time.sleep(0.05)
+    first = None
+    for _ in range(7):
+        optimizer.zero_grad()
+        loss = model()
+        first = weight(model) if first is None else first
+        loss.backward()
+        optimizer.step()
+    alone = -0.5 * (1 / np.sqrt(np.arange(1, 6))).sum()  # five steps with the same gradient
+    if comm.rank:
+        assert first[1] <= alone + 1e-9
+    optimizer.finish()
+    assert comm.rank or first[1] == 0
+    assert not model._forward_pre_hooks
+
+
+def test_a_leader_that_ends_early_lets_the_others_begin(world_comm):
+    comm = world_comm
+    model = Slope(comm.rank)
+    with mpidl.DistBelief(sgd(model), model, warm_start=100, comm=comm) as optimizer:
+        for _ in range(2 if comm.rank == 0 else 4):
+            one_step(model, optimizer)
+    assert optimizer.statistics.commits == (2 if comm.rank == 0 else 4)
+
+
+# --------------------------------------------------------------------------------------------------- failure, and cure
+
+
+def far(comm, kind, rounds, lr, window=1, **given):
+    """Trains a bowl with its minimum at 0 in turns, one exchange a turn; returns how far from it the center ended."""
+    model = Bowl(np.ones(3))
+    optimizer = kind(sgd(model, lr), model, communication_window=window, comm=comm, **given)
+    for _ in range(rounds):
+        for turn in range(comm.size):
+            if turn == comm.rank:
+                for _ in range(window):
+                    one_step(model, optimizer)
+            comm.barrier()
+    found = float(abs(center_of(optimizer)).max())
+    comm.barrier()
+    optimizer.finish()
+    return found
+
+
+def test_the_delay_bound_of_theory_is_where_downpour_fails(world_comm):
+    """x' = x - a * x[n - 1 steps before] is stable below a = 2 sin(pi / (4 n - 2))."""
+    bound = 2 * math.sin(math.pi / (4 * world_comm.size - 2))
+    assert far(world_comm, mpidl.Downpour, 60, 0.85 * bound) < 0.1
+    assert far(world_comm, mpidl.Downpour, 60, 1.15 * bound) > 2
+
+
+def test_downpour_diverges_with_long_windows_and_agn_and_dynsgd_do_not(world_comm):
+    """Five steps of rate 1/2 reach the minimum almost: a = 1 - 2^-5, beyond the bound of two workers and more."""
+    assert far(world_comm, mpidl.Downpour, 16, 0.5, window=5) > 10
+    assert far(world_comm, mpidl.AGN, 16, 0.5, window=5) < 0.3
+    assert far(world_comm, mpidl.DynSGD, 16, 0.5, window=5) < 0.3
+
+
+def test_an_elastic_exchange_that_is_not_one_step_diverges(world_comm, monkeypatch):
+    """All pull before any commits, as a server with separate calls allows: alpha acts like n * alpha."""
+    comm = world_comm
+
+    def apart(server, change, out):
+        number, clock = server.clock.begin(), server.pull(out)
+        before = out.copy()
+        for part in server._order:
+            here = slice(part.start, part.start + part.count)
+            if part.count:
+                out[here] = change(here, out[here])
+        comm.barrier()  # all have pulled
+        server.commit(out - before, number=number)
+        comm.barrier()
+        return number, clock
+
+    def together():
+        model = Bowl(np.arange(1.0, 4.0) * (1 + comm.rank))
+        optimizer = mpidl.AEASGD(sgd(model, 0.1), model, communication_window=1, rho=5.0, learning_rate=0.16, comm=comm)
+        with torch.no_grad():
+            model.weight.mul_(1 + comm.rank)  # not all the same distance from the center
+        for _ in range(40):
+            one_step(model, optimizer)
+            comm.barrier()
+        found = float(abs(center_of(optimizer)).max())
+        comm.barrier()
+        optimizer.finish()
+        return found
+
+    assert together() < 1
+    monkeypatch.setattr(Server, "exchange", apart)
+    assert together() > 100
+
+
+@pytest.mark.parametrize(("factor", "stable"), [(0.9, True), (1.1, False)])
+def test_elastic_averaging_of_one_worker_is_stable_up_to_the_paper_s_alpha(world_comm, factor, stable):
+    """(4 - 2 eta) / (4 - eta) for a curvature of 1; exact for one worker, who is here each rank by itself."""
+    comm, eta = world_comm, 1.5
+    alpha = factor * (4 - 2 * eta) / (4 - eta)
+    model = Bowl(np.ones(3))
+    optimizer = mpidl.AEASGD(sgd(model, eta), model, communication_window=1, rho=alpha, learning_rate=1.0, comm=comm)
+    if comm.rank == 0:
+        for _ in range(150):
+            one_step(model, optimizer)
+        assert (abs(center_of(optimizer)).max() < 0.05) == stable
+        assert (abs(center_of(optimizer)).max() > 10) == (not stable)
+    comm.barrier()
+    optimizer.finish()
+
+
+def test_gem_without_its_lower_clamp_diverges(world_comm, monkeypatch):
+    """With noise in the gradients |theta - s| is often larger than |m|: a negative pi walks uphill."""
+
+    def end(comm):
+        model = Bowl(np.ones(5))
+        noise = torch.Generator().manual_seed(comm.rank)
+        optimizer = mpidl.GEM(sgd(model, 0.1, momentum=0.9), model, comm=comm)
+        for _ in range(80):
+            model.target = torch.randn(5, generator=noise, dtype=torch.float64)
+            in_turns(comm, model, optimizer, 1)
+            if abs(weight(model)).max() > 1e6:
+                model.h = 0.0  # far enough
+        found = comm.allreduce(torch.tensor([abs(center_of(optimizer)).max()]), "max").item()
+        comm.barrier()
+        optimizer.finish()
+        return found
+
+    assert end(world_comm) < 3
+    monkeypatch.setattr(gem, "_CLAMP", (-math.inf, 5.0))
+    assert end(world_comm) > 1000
