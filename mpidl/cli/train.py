@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from mpidl.cli.run import TERMINAL_VARIABLE
-from mpidl.training.settings import ALGORITHMS, Settings
+from mpidl.training.algorithms import BY_NAME
+from mpidl.training.settings import Settings
 
 _positive = click.IntRange(min=1)
 
@@ -20,19 +21,30 @@ _positive = click.IntRange(min=1)
 @click.argument("job_options", nargs=-1, type=click.UNPROCESSED)
 @click.option(
     "--algorithm",
-    type=click.Choice(ALGORITHMS),
+    type=click.Choice(tuple(BY_NAME)),
     default="synchronous",
     show_default=True,
-    help="synchronous: mean gradient by allreduce. downpour, agn: a parameter server by one-sided MPI.",
+    help="synchronous: mean gradient by allreduce. Most others: a parameter server by one-sided MPI; see below.",
 )
 @click.option("--epochs", type=_positive, default=20, show_default=True, help="Passes over the training data.")
 @click.option("--batch-size", type=_positive, default=16, show_default=True, help="Samples per rank and step.")
 @click.option(
     "--communication-window",
     type=_positive,
-    default=3,
-    show_default=True,
-    help="Local steps per exchange with the parameter server; without effect in the synchronous way.",
+    help="Local steps per exchange; without effect in the synchronous way.  [default: see below]",
+)
+@click.option(
+    "--max-clock-spread",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="No worker is more than N exchanges ahead of the slowest; asynchronous only.  [default: nobody waits]",
+)
+@click.option(
+    "--set",
+    "hyperparameters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A hyperparameter of the algorithm, as its class has it; may be given several times.",
 )
 @click.option(
     "--servers",
@@ -72,7 +84,9 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     algorithm: str,
     epochs: int,
     batch_size: int,
-    communication_window: int,
+    communication_window: int | None,
+    max_clock_spread: int | None,
+    hyperparameters: tuple[str, ...],
     servers: int,
     shard: bool,
     seed: int,
@@ -88,6 +102,11 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     \b
     Example:
       mpidl run -n 4 -- mpidl train jobs/digits.py --algorithm downpour --epochs 12 --output runs/x -- --lr 0.1
+      mpidl run -n 4 -- mpidl train jobs/digits.py --algorithm aeasgd --set beta=0.5 --max-clock-spread 8
+
+    \b
+    Algorithms, their default --communication-window, and what --set takes:
+      {algorithms}
 
     A job does nothing when it is imported and has these functions:
 
@@ -112,8 +131,8 @@ def command(  # noqa: PLR0917 - click passes each option by its name
     With --resume a synchronous run on as many ranks as before ends bit for bit as if it had never stopped. On another
     number of ranks parameters and optimiser are exact and the shares of the data are cut anew. An asynchronous run
     goes on from the exact center and clock, each worker from what it last saved at a commit of its own. The job,
-    --algorithm, --seed, --batch-size, --communication-window and the job's options must be those of the run; all
-    else, and the number of ranks, may change. A damaged checkpoint is named and the one before it is used. Metrics
+    --algorithm, --seed, --batch-size, --communication-window, --set and the job's options must be those of the run;
+    all else, and the number of ranks, may change. A damaged checkpoint is named and the one before it is used. Metrics
     after the checkpoint are removed, since those steps come again; figures in the summary are those of all parts.
     Generators of random numbers that a job makes for itself are not saved: it should draw from the global ones of
     torch, numpy and Python.
@@ -134,7 +153,9 @@ def command(  # noqa: PLR0917 - click passes each option by its name
         algorithm=algorithm,
         epochs=epochs,
         batch_size=batch_size,
-        communication_window=communication_window,
+        communication_window=communication_window or BY_NAME[algorithm].window,
+        max_clock_spread=max_clock_spread,
+        hyperparameters=hyperparameters,
         servers=servers,
         shard=shard,
         seed=seed,
@@ -148,6 +169,21 @@ def command(  # noqa: PLR0917 - click passes each option by its name
         terminal_columns=_columns(),
     )
     raise SystemExit(_train(settings))
+
+
+def _with_algorithms(text: str) -> str:
+    """Puts the algorithms into the help, indented as their placeholder is."""
+    before, after = text.split("{algorithms}")
+    indent = before[before.rindex("\n") :]
+    lines = []
+    for name, algorithm in BY_NAME.items():
+        window = "" if name == "synchronous" else str(algorithm.window)
+        more = f" [{', '.join(algorithm.hyperparameters)}]" if algorithm.hyperparameters else ""
+        lines.append(f"{name:<16}{window:>4}  {algorithm.says}{more}")
+    return before + indent.join(lines) + after
+
+
+command.help = _with_algorithms(command.help or "")
 
 
 def _columns() -> int | None:

@@ -112,8 +112,11 @@ class GEM(Worker):
         return clock, center
 
     def _own(self) -> dict[str, Flat]:
-        return {"proxy": self._proxy.copy()}
+        where = np.array([self._clock, self._unseen])
+        return {"proxy": self._proxy.copy(), "read": self._read.copy(), "where": where}
 
     def restore_own_state(self, saved: Mapping[str, Flat]) -> None:
         if "proxy" in saved:
             self._proxy = self._like(saved["proxy"])
+            self._begin_from(self._like(saved["read"]))
+            self._clock, self._unseen = (int(word) for word in saved["where"])

@@ -12,6 +12,7 @@ from typing import TypeVar
 import mpidl
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError, MismatchError, MpidlError
+from mpidl.training import algorithms
 from mpidl.training.settings import Settings
 
 T = TypeVar("T")
@@ -25,16 +26,10 @@ def workers(settings: Settings) -> Communicator:
     """Returns the ranks that train; on the others, which serve, the program ends here when they have ended.
 
     Raises:
-        RefusedError: there cannot be so many servers, or the algorithm has no use for them.
+        RefusedError: there cannot be so many servers, or the algorithm has no use for an option.
     """
-    if settings.synchronous and settings.servers:
-        raise RefusedError(
-            f"--servers {settings.servers}: --algorithm synchronous has no parameter server; "
-            "the asynchronous algorithms do"
-        )
-    if settings.shard and not settings.synchronous:
-        raise RefusedError(f"--shard: --algorithm {settings.algorithm} cannot share weights; synchronous can")
     try:
+        algorithms.check(settings)
         return mpidl.world(servers=settings.servers)
     except (ArgumentError, MismatchError) as error:  # raised alike on every rank
         raise RefusedError(str(error)) from error

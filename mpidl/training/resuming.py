@@ -18,6 +18,7 @@ from mpidl import leaving
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError
 from mpidl.placement import Link
+from mpidl.training import algorithms
 from mpidl.training.agreement import everywhere
 from mpidl.training.checkpoint import Checkpoint, Store, decode, decode_tensors, open_checkpoint
 from mpidl.training.data import Position
@@ -28,7 +29,12 @@ from mpidl.training.saving import LOCAL, MODEL, TRAINING, local_name, worker_fol
 from mpidl.training.settings import Settings
 from mpidl.training.subject import Subject
 
-_OPTION = {"job": "JOB", "batch_size": "--batch-size", "communication_window": "--communication-window"}
+_OPTION = {
+    "job": "JOB",
+    "batch_size": "--batch-size",
+    "communication_window": "--communication-window",
+    "hyperparameters": "what --set gives",
+}
 
 
 def identity(settings: Settings, options: Mapping[str, Any], samples: int) -> dict[str, Any]:
@@ -45,6 +51,7 @@ def identity(settings: Settings, options: Mapping[str, Any], samples: int) -> di
         "seed": settings.seed,
         "batch_size": settings.batch_size,
         "communication_window": None if settings.synchronous else settings.communication_window,
+        "hyperparameters": algorithms.parsed(settings),
         "options": {name: plain(value) for name, value in options.items()},
         "training_samples": samples,
         "job_sha256": hashlib.sha256(settings.job.read_bytes()).hexdigest(),
@@ -227,8 +234,10 @@ def restore(origin: Origin, subject: Subject) -> None:
     if arrival:
         subject.way.optimizer.arrival = arrival
     if clock is not None:
-        center = training["center"]
-        subject.way.optimizer.restore(clock, None if center is None else center.numpy())
+        center, sums = training["center"], training.get("sums")
+        subject.way.optimizer.restore(
+            clock, None if center is None else center.numpy(), None if sums is None else sums.numpy()
+        )
     everywhere(subject.comm, lambda: _restore_rank(origin, subject, training))
 
 
@@ -244,6 +253,7 @@ def _restore_rank(origin: Origin, subject: Subject, training: Mapping[str, Any])
         with torch.no_grad():
             for name, value in local["buffers"].items():
                 buffers[name].copy_(value)
+        subject.way.restore_own_state(local.get("own", {}))
         restore_random_state(local["random"])
     else:
         seed_all(seed_for(subject.settings.seed, rank, origin.done.steps))

@@ -185,6 +185,11 @@ class AsynchronousSaver:
         self._local = self._captured()
 
     def after_finish(self, position: Position) -> None:
+        """The tail was committed meanwhile, after what may have been saved at the last step."""
+        now = self._subject.exchanged()
+        if now["statistics"]["commits"] != self._local["statistics"]["commits"]:
+            self._saved = -1
+        self._local |= now
         self._save(position)
 
     def _captured(self) -> dict[str, Any]:
@@ -219,7 +224,7 @@ class AsynchronousSaver:
             return
         draft = Draft(subject.checkpoints, self._shared_number)
         manifest = subject.manifest(position, subject.recorder.samples, shared.clock)
-        _write(draft, lambda: _add_shared(draft, shared, {"center": shared.center}), manifest)
+        _write(draft, lambda: _add_shared(draft, shared, {"center": shared.center, "sums": shared.sums}), manifest)
         self._shared_number, self._saved_clock = self._shared_number + 1, shared.clock
         Store(subject.checkpoints).keep(subject.settings.keep)
 

@@ -12,8 +12,8 @@ import torch
 import mpidl
 from mpidl import runtime
 from mpidl.communicator import Communicator
+from mpidl.training import algorithms, resuming
 from mpidl.training import job as jobs
-from mpidl.training import resuming
 from mpidl.training.agreement import RefusedError, everywhere, workers
 from mpidl.training.checkpoint import Store, check_encodable
 from mpidl.training.data import Position, Share, first_batch, training_share
@@ -219,6 +219,8 @@ class _Run:
             "steps": self._recorder.steps,
             "batch_size": settings.batch_size,
             "communication_window": None if settings.synchronous else settings.communication_window,
+            "max_clock_spread": settings.max_clock_spread,
+            "hyperparameters": algorithms.parsed(settings),
             "seed": settings.seed,
             "options": {name: resuming.plain(value) for name, value in self.prepared.job.options.items()},
             **self.way.totals(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-ALGORITHMS = ("synchronous", "downpour", "agn")
 UNSAVED_STATUS = 1  # trained, but the last checkpoint could not be written
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, outputs written, may be run again
 
@@ -19,7 +18,9 @@ class Settings:
     algorithm: str = "synchronous"
     epochs: int = 20
     batch_size: int = 16  # samples per rank and step
-    communication_window: int = 3  # local steps per exchange, asynchronous only
+    communication_window: int = 3  # local steps per exchange, not in the synchronous way
+    max_clock_spread: int | None = None  # exchanges that a worker may be ahead of the slowest, asynchronous only
+    hyperparameters: tuple[str, ...] = ()  # of the algorithm, each NAME=VALUE
     shard: bool = False  # ranks share weights and optimiser state, synchronous only
     servers: int = 0  # of the last ranks, which then do not train; asynchronous only
     seed: int = 0

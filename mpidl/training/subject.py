@@ -67,9 +67,16 @@ class Subject:
 
     def local(self) -> dict[str, Any]:
         """What this rank alone holds. Buffers (BatchNorm statistics) differ between ranks while they train."""
-        statistics = dict(vars(self.way.optimizer.statistics))
         return {
             "random": random_state(),
             "buffers": {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()},
+            **self.exchanged(),
+        }
+
+    def exchanged(self) -> dict[str, Any]:
+        """The part of it that an exchange with the others changes."""
+        statistics = dict(vars(self.way.optimizer.statistics))
+        return {
+            "own": self.way.own_state(),
             "statistics": {k: dict(v) if isinstance(v, Mapping) else v for k, v in statistics.items()},
         }

@@ -17,6 +17,7 @@ import torch
 import mpidl
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError, DtypeError, SharedMemoryError
+from mpidl.training import algorithms
 from mpidl.training.agreement import RefusedError
 from mpidl.training.settings import Settings
 
@@ -37,6 +38,7 @@ class Shared:
     model: dict[str, Any]  # as `state_dict` has it
     clock: int | None = None  # commits in it, asynchronous only
     center: torch.Tensor | None = None  # flat, where it is wider than the model's dtypes
+    sums: torch.Tensor | None = None  # flat, what lies beside the center, if anything does
 
 
 class Way(Protocol):
@@ -56,6 +58,12 @@ class Way(Protocol):
 
     def optimizer_state(self) -> dict[str, Any]:
         """Returns the optimiser's state; synchronous: a collective."""
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """Returns what this rank keeps besides model, buffers and optimiser."""
+
+    def restore_own_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from what `own_state` returned."""
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         """Goes on with the counts of an earlier part of this run."""
@@ -100,6 +108,12 @@ class SynchronousWay:
         state: dict[str, Any] = self.optimizer.full_state_dict()
         return state
 
+    def own_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore_own_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is kept."""
+
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         vars(self.optimizer.statistics).update(saved)
         self._communicated = float(self.optimizer.statistics.seconds_communicating)
@@ -137,6 +151,7 @@ class AsynchronousWay:
             "seconds_communicating": since,
             "commits": statistics.commits,
             "mean_staleness": statistics.mean_staleness,
+            "seconds_waiting": statistics.seconds_waiting,
         }
 
     def shared(self) -> Shared:
@@ -148,11 +163,18 @@ class AsynchronousWay:
             model[name] = value.to(model[name].dtype)
         wide = torch.from_numpy(flat)
         exact = all(value.dtype == wide.dtype for value in center.values())
-        return Shared(model, clock, None if exact else wide)
+        sums = self.optimizer.sums()
+        return Shared(model, clock, None if exact else wide, None if sums is None else torch.from_numpy(sums))
 
     def optimizer_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.optimizer.state_dict()
         return state
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(values) for name, values in self.optimizer.own_state().items()}
+
+    def restore_own_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        self.optimizer.restore_own_state({name: values.numpy() for name, values in saved.items()})
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         statistics = self.optimizer.statistics
@@ -184,13 +206,15 @@ class AsynchronousWay:
 
 
 def new_way(settings: Settings, optimizer: torch.optim.Optimizer, model: torch.nn.Module, comm: Communicator) -> Way:
-    """Wraps the job's optimiser as the settings ask; a collective, as the constructors are."""
-    if settings.synchronous:
-        try:
-            synchronous = mpidl.Synchronous(optimizer, model, comm=comm, shard=settings.shard)
-        except (ArgumentError, DtypeError, SharedMemoryError) as error:  # alike on every rank
-            raise RefusedError(f"--shard: {error}" if settings.shard else str(error)) from error
-        return SynchronousWay(synchronous, model, comm)
-    kind = {"downpour": mpidl.Downpour, "agn": mpidl.AGN}[settings.algorithm]
-    window = settings.communication_window
-    return AsynchronousWay(kind(optimizer, model, communication_window=window, comm=comm), model, comm)
+    """Wraps the job's optimiser as the settings ask; a collective, as the constructors are.
+
+    Raises:
+        RefusedError: an algorithm cannot work with this optimiser, or with a hyperparameter.
+    """
+    algorithm = algorithms.BY_NAME[settings.algorithm]
+    try:
+        made = getattr(mpidl, algorithm.class_name)(optimizer, model, comm=comm, **algorithm.arguments(settings))
+    except (ArgumentError, DtypeError, SharedMemoryError) as error:  # alike on every rank
+        where = "--shard" if settings.shard else f"--algorithm {settings.algorithm}"
+        raise RefusedError(f"{where}: {error}") from error
+    return SynchronousWay(made, model, comm) if settings.synchronous else AsynchronousWay(made, model, comm)
