@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` below does the same, later
+    from mpidl.averaging.diloco import DiLoCo
+    from mpidl.averaging.model_averaging import ModelAveraging
     from mpidl.communicator import Communicator, world
     from mpidl.errors import (
         ArgumentError,
@@ -61,6 +63,8 @@ _HOME = {
     "DCASGD": "parameter_server.dcasgd",
     "GEM": "parameter_server.gem",
     "DistBelief": "parameter_server.distbelief",
+    "ModelAveraging": "averaging.model_averaging",
+    "DiLoCo": "averaging.diloco",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",
@@ -88,6 +92,7 @@ __all__ = [
     "Communicator",
     "DeviceError",
     "DevicePacked",
+    "DiLoCo",
     "DistBelief",
     "Downpour",
     "DtypeError",
@@ -96,6 +101,7 @@ __all__ = [
     "ForkedError",
     "LauncherError",
     "MismatchError",
+    "ModelAveraging",
     "MpidlError",
     "NoMPIError",
     "Packed",

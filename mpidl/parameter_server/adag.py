@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from mpidl import checks
 from mpidl.communicator import Communicator
-from mpidl.parameter_server import checks
+from mpidl.flat import Flat
 from mpidl.parameter_server.exclusive import ExclusiveWorker
-from mpidl.parameter_server.sharding import Flat
 
 
 class ADAG(ExclusiveWorker):

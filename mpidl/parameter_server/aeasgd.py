@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpidl import checks
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError
-from mpidl.parameter_server import checks
+from mpidl.flat import Flat
 from mpidl.parameter_server.exclusive import ExclusiveWorker
-from mpidl.parameter_server.sharding import Flat
 
 
 class AEASGD(ExclusiveWorker):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpidl.flat import Flat
 from mpidl.parameter_server.delta import DeltaWorker
-from mpidl.parameter_server.sharding import Flat
 
 
 class AGN(DeltaWorker):

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from mpidl import checks
 from mpidl.communicator import Communicator
-from mpidl.parameter_server import checks, sgd
+from mpidl.flat import Flat
+from mpidl.parameter_server import sgd
 from mpidl.parameter_server.exclusive import ExclusiveWorker
-from mpidl.parameter_server.sharding import Flat
 
 
 class DCASGD(ExclusiveWorker):

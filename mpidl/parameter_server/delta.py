@@ -7,8 +7,8 @@ from abc import abstractmethod
 import numpy as np
 
 from mpidl import state
+from mpidl.flat import Flat
 from mpidl.parameter_server.server import Aim
-from mpidl.parameter_server.sharding import Flat
 from mpidl.parameter_server.worker import Worker
 
 

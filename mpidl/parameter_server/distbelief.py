@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from mpidl import checks, flat
 from mpidl.communicator import Communicator
-from mpidl.parameter_server import checks, flat, sgd
+from mpidl.flat import Flat
+from mpidl.parameter_server import sgd
 from mpidl.parameter_server.server import Beside
-from mpidl.parameter_server.sharding import Flat
 from mpidl.parameter_server.warm_start import WarmStart
 from mpidl.parameter_server.worker import Worker
 

@@ -5,8 +5,8 @@ Dean's own Downpour, which sends gradients to an Adagrad at the server, is anoth
 
 from __future__ import annotations
 
+from mpidl.flat import Flat
 from mpidl.parameter_server.delta import DeltaWorker
-from mpidl.parameter_server.sharding import Flat
 
 
 class Downpour(DeltaWorker):

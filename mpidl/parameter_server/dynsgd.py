@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mpidl.flat import Flat
 from mpidl.parameter_server.delta import DeltaWorker
-from mpidl.parameter_server.sharding import Flat
 
 
 class DynSGD(DeltaWorker):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from mpidl import checks, flat
 from mpidl.communicator import Communicator
-from mpidl.parameter_server import checks, flat, sgd
+from mpidl.flat import Flat
+from mpidl.parameter_server import sgd
 from mpidl.parameter_server.aeasgd import AEASGD
-from mpidl.parameter_server.sharding import Flat
 
 
 class EAMSGD(AEASGD):

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpidl.parameter_server import flat
+from mpidl import flat
+from mpidl.flat import Flat
 from mpidl.parameter_server.server import Beside
-from mpidl.parameter_server.sharding import Flat
 from mpidl.parameter_server.worker import Worker
 
 

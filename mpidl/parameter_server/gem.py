@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from mpidl import checks, flat
 from mpidl.communicator import Communicator
-from mpidl.parameter_server import checks, flat, sgd
-from mpidl.parameter_server.sharding import Flat
+from mpidl.flat import Flat
+from mpidl.parameter_server import sgd
 from mpidl.parameter_server.worker import Worker
 
 _CLAMP = (0.0, 5.0)  # of pi, in the authors' code; without the lower bound it diverges from about 5 workers on

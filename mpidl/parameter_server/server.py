@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpidl.flat import Flat
 from mpidl.parameter_server.clock import Clock
 from mpidl.parameter_server.locks import Locks
 from mpidl.parameter_server.progress import start_progress
 from mpidl.parameter_server.sharded_array import ShardedArray, plan_of
-from mpidl.parameter_server.sharding import Flat, shard
+from mpidl.parameter_server.sharding import shard
 from mpidl.service import Service
 from mpidl.topology import Topology
 from mpidl.waiting import Lookout

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpidl.parameter_server.sharding import Flat, Shard
+from mpidl.flat import Flat
+from mpidl.parameter_server.sharding import Shard
 from mpidl.topology import Topology
 from mpidl.window import Plan
 

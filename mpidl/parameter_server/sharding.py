@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-Flat = np.ndarray[Any, Any]  # one-dimensional: the center variable, or something laid out like it
 _ALIGNMENT = 64  # elements; a shard begins on a cache line and pieces of it on vector boundaries
 
 

@@ -15,15 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from mpidl import leaving, state
+from mpidl import checks, flat, leaving
 from mpidl.communicator import Communicator
 from mpidl.errors import RankFailedError
-from mpidl.layout import Tensor, lay_out
+from mpidl.flat import Flat
 from mpidl.optimizer import DistributedOptimizer
-from mpidl.parameter_server import checks, flat
 from mpidl.parameter_server.pace import Pace
 from mpidl.parameter_server.server import Beside, Server
-from mpidl.parameter_server.sharding import Flat
 from mpidl.parameter_server.statistics import Statistics
 
 
@@ -73,13 +71,8 @@ class Worker(DistributedOptimizer):
         )
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
-        self._orders = [state.memory_order(p) for _, p in self._held]
-        wide = any(p.dtype == torch.float64 for _, p in self._held)
-        tensors = [
-            Tensor(name, tuple(view.shape), state.dtype_name(view))
-            for (name, _), view in zip(self._held, self._views(), strict=True)
-        ]
-        self._layout = lay_out(tensors, "float64" if wide else "float32")
+        self._orders = flat.orders_of(self._held)
+        self._layout = flat.layout_of(self._held, self._orders)
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
         self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
         self._pace = Pace(self._server.clock, max_clock_spread, self._server.look)
@@ -282,5 +275,4 @@ class Worker(DistributedOptimizer):
         return flat.pack(self._layout, self._views())
 
     def _views(self) -> list[torch.Tensor]:
-        """Returns the parameters as they lie in memory now: `model.to()` and the like give them other memory."""
-        return [p.detach().permute(order) for (_, p), order in zip(self._held, self._orders, strict=True)]
+        return flat.views(self._held, self._orders)

@@ -21,7 +21,8 @@ class Algorithm:
     says: str  # for --help
     window: int = 3  # local steps per exchange, unless the user chose
     hyperparameters: Mapping[str, type] = field(default_factory=dict)  # that --set takes
-    synchronous: bool = False
+    synchronous: bool = False  # all ranks keep pace
+    periodic: bool = False  # of these: they communicate in rounds only
 
     def arguments(self, settings: Settings) -> dict[str, Any]:
         """Returns what the class is given besides optimiser, model and communicator."""
@@ -48,7 +49,18 @@ BY_NAME = {
         1,
         {"n_push": int, "n_fetch": int, "gamma": float, "warm_start": int},
     ),
+    "model-averaging": Algorithm(
+        "ModelAveraging", "local SGD: all parameters are averaged", 16, {"warmup_steps": int}, True, True
+    ),
+    "diloco": Algorithm(
+        "DiLoCo", "the same with an outer Nesterov step", 500, {"outer_lr": float, "outer_momentum": float}, True, True
+    ),
 }
+
+
+def window(settings: Settings) -> int | None:
+    """Returns the local steps per exchange, None in the synchronous way, where every step is one."""
+    return None if settings.algorithm == "synchronous" else settings.communication_window
 
 
 def parsed(settings: Settings) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def identity(settings: Settings, options: Mapping[str, Any], samples: int) -> di
         "algorithm": settings.algorithm,
         "seed": settings.seed,
         "batch_size": settings.batch_size,
-        "communication_window": None if settings.synchronous else settings.communication_window,
+        "communication_window": algorithms.window(settings),
         "hyperparameters": algorithms.parsed(settings),
         "options": {name: plain(value) for name, value in options.items()},
         "training_samples": samples,
@@ -253,11 +253,15 @@ def _restore_rank(origin: Origin, subject: Subject, training: Mapping[str, Any])
         with torch.no_grad():
             for name, value in local["buffers"].items():
                 buffers[name].copy_(value)
-        subject.way.restore_own_state(local.get("own", {}))
         restore_random_state(local["random"])
     else:
         seed_all(seed_for(subject.settings.seed, rank, origin.done.steps))
     subject.way.optimizer.statistics.steps = origin.done.steps
+    if origin.template is not None or origin.checkpoint.manifest["world"]["ranks"] == subject.comm.size:
+        if local.get("own"):
+            subject.way.restore_own_state(local["own"])
+    else:
+        subject.way.restore_common_state(training["common"])
 
 
 def _load_optimizer(origin: Origin, subject: Subject, own: Mapping[str, Any]) -> None:

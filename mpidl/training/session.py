@@ -218,7 +218,7 @@ class _Run:
             "epochs_finished": progressed.epochs,
             "steps": self._recorder.steps,
             "batch_size": settings.batch_size,
-            "communication_window": None if settings.synchronous else settings.communication_window,
+            "communication_window": algorithms.window(settings),
             "max_clock_spread": settings.max_clock_spread,
             "hyperparameters": algorithms.parsed(settings),
             "seed": settings.seed,

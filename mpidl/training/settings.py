@@ -35,4 +35,5 @@ class Settings:
 
     @property
     def synchronous(self) -> bool:
-        return self.algorithm == "synchronous"
+        """Whether all ranks keep pace, so that collectives between steps are allowed."""
+        return self.algorithm in ("synchronous", "model-averaging", "diloco")

@@ -63,7 +63,8 @@ class Subject:
     def optimizer(self) -> dict[str, Any]:
         """State of optimiser and scheduler; synchronous: a collective."""
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": self.way.optimizer_state(), "scheduler": scheduler}
+        optimizer = self.way.optimizer_state()
+        return {"optimizer": optimizer, "scheduler": scheduler, "common": self.way.common_state()}
 
     def local(self) -> dict[str, Any]:
         """What this rank alone holds. Buffers (BatchNorm statistics) differ between ranks while they train."""

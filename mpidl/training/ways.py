@@ -59,11 +59,17 @@ class Way(Protocol):
     def optimizer_state(self) -> dict[str, Any]:
         """Returns the optimiser's state; synchronous: a collective."""
 
-    def own_state(self) -> dict[str, torch.Tensor]:
+    def own_state(self) -> dict[str, Any]:
         """Returns what this rank keeps besides model, buffers and optimiser."""
 
-    def restore_own_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+    def restore_own_state(self, saved: Mapping[str, Any]) -> None:
         """Goes on from what `own_state` returned."""
+
+    def common_state(self) -> dict[str, torch.Tensor]:
+        """Returns what all ranks keep alike, besides the model; called after `optimizer_state`."""
+
+    def restore_common_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from what `common_state` returned, on other ranks than those that have an own state."""
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         """Goes on with the counts of an earlier part of this run."""
@@ -108,10 +114,16 @@ class SynchronousWay:
         state: dict[str, Any] = self.optimizer.full_state_dict()
         return state
 
-    def own_state(self) -> dict[str, torch.Tensor]:
+    def own_state(self) -> dict[str, Any]:
         return {}
 
-    def restore_own_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+    def restore_own_state(self, saved: Mapping[str, Any]) -> None:
+        """Nothing is kept."""
+
+    def common_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore_common_state(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Nothing is kept."""
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
@@ -123,6 +135,42 @@ class SynchronousWay:
         mine = np.array([statistics.seconds_communicating, statistics.bytes], np.float64)
         communicating, nbytes = (float(x) for x in self._comm.allreduce(mine))
         return {"seconds_communicating": communicating / self._comm.size, "bytes": int(nbytes)}
+
+
+class PeriodicWay(SynchronousWay):
+    """All ranks keep pace, but between rounds each has parameters of its own: what is saved of all is their average."""
+
+    def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
+        super().__init__(optimizer, model, comm)
+        self._averaged: dict[str, torch.Tensor] = {}
+
+    def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
+        """Parameters are averaged and not gradients: a batch weighs nothing."""
+        return contextlib.nullcontext()
+
+    def shared(self) -> Shared:
+        """What `finish()` would make of the model, as `optimizer_state` found it."""
+        return Shared({**self._model.state_dict(), **self._averaged})
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """This rank's own; a collective, since the average is taken along with it."""
+        self._averaged = self.optimizer.averaged()
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
+
+    def common_state(self) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(values) for name, values in self.optimizer.common_state().items()}
+
+    def restore_common_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        self.optimizer.restore_common_state({name: values.numpy() for name, values in saved.items()})
+
+    def own_state(self) -> dict[str, Any]:
+        own = {name: torch.from_numpy(values) for name, values in self.optimizer.own_state().items()}
+        return {**own, "optimizer": self.optimizer.state_dict()}
+
+    def restore_own_state(self, saved: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.restore_own_state({k: v.numpy() for k, v in saved.items() if k != "optimizer"})
 
 
 class AsynchronousWay:
@@ -170,11 +218,17 @@ class AsynchronousWay:
         state: dict[str, Any] = self.optimizer.state_dict()
         return state
 
-    def own_state(self) -> dict[str, torch.Tensor]:
+    def own_state(self) -> dict[str, Any]:
         return {name: torch.from_numpy(values) for name, values in self.optimizer.own_state().items()}
 
-    def restore_own_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+    def restore_own_state(self, saved: Mapping[str, Any]) -> None:
         self.optimizer.restore_own_state({name: values.numpy() for name, values in saved.items()})
+
+    def common_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore_common_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """It is in the center, and beside it."""
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         statistics = self.optimizer.statistics
@@ -217,4 +271,5 @@ def new_way(settings: Settings, optimizer: torch.optim.Optimizer, model: torch.n
     except (ArgumentError, DtypeError, SharedMemoryError) as error:  # alike on every rank
         where = "--shard" if settings.shard else f"--algorithm {settings.algorithm}"
         raise RefusedError(f"{where}: {error}") from error
-    return SynchronousWay(made, model, comm) if settings.synchronous else AsynchronousWay(made, model, comm)
+    way = PeriodicWay if algorithm.periodic else SynchronousWay if algorithm.synchronous else AsynchronousWay
+    return way(made, model, comm)

@@ -309,6 +309,30 @@ def test_a_new_rank_draws_other_random_numbers_than_any_old_one_and_the_same_eac
     assert not any(torch.equal(states[i], states[j]) for i in range(4) for j in range(i))
 
 
+@pytest.mark.parametrize("algorithm", ["model-averaging", "diloco"])
+def test_what_averages_now_and_then_goes_on_bit_for_bit_and_on_other_ranks_from_the_average(
+    world_comm, folder, algorithm
+):
+    """Windows of 4 steps, epochs of 6: checkpoints are written in the middle of a window, where ranks differ."""
+    changed = {"algorithm": algorithm, "communication_window": 4}
+    if world_comm.rank < 3:
+        with some_ranks(world_comm, 3) as three:
+            if world_comm.rank < 2:
+                with some_ranks(world_comm, 2) as comm:
+                    train(comm, folder / "whole", **changed)
+                    train(comm, folder / "run", epochs=1, **changed)
+                    train(comm, folder / "more", epochs=1, **changed)
+                    train(comm, folder / "run", resume=True, **changed)
+                    assert_equal(content(newest(folder / "run")), content(newest(folder / "whole")))
+            three.barrier()
+            saved = content(newest(folder / "more"))["model"]
+            assert train(three, folder / "more", resume=True, epochs=2, **changed) == 0
+            begun = noted().seen[0][0]
+            names = [name for name in begun if "running" not in name]
+            assert_equal({name: begun[name] for name in names}, {name: saved[name] for name in names})
+    world_comm.barrier()
+
+
 # ------------------------------------------------------------------------------------------------- asynchronous
 
 

@@ -1,16 +1,39 @@
-"""A worker's parameters as one flat array in host memory, and back: where server and rules work, whatever the device.
+"""A model's parameters as one flat array in host memory, and back: where rules work, whatever the device.
 
 On a device all parameters of a dtype are packed by one launch straight into pinned memory, and unpacked likewise.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from mpidl import arrays, devices, packing, state
-from mpidl.layout import Layout, Slot
-from mpidl.parameter_server.sharding import Flat
+from mpidl.layout import Layout, Slot, Tensor, lay_out
+
+Flat = np.ndarray[Any, Any]  # one-dimensional: parameters one behind the other, or something laid out like them
+
+
+def orders_of(named: state.Named) -> list[tuple[int, ...]]:
+    """Returns each parameter's permutation of dimensions under which it is contiguous."""
+    return [state.memory_order(p) for _, p in named]
+
+
+def views(named: state.Named, orders: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Returns the parameters as they lie in memory now: `model.to()` and the like give them other memory."""
+    return [p.detach().permute(order) for (_, p), order in zip(named, orders, strict=True)]
+
+
+def layout_of(named: state.Named, orders: list[tuple[int, ...]]) -> Layout:
+    """Returns how parameters lie in a flat array: float64 if one of them is, else float32."""
+    wide = any(p.dtype == torch.float64 for _, p in named)
+    tensors = [
+        Tensor(name, tuple(view.shape), state.dtype_name(view))
+        for (name, _), view in zip(named, views(named, orders), strict=True)
+    ]
+    return lay_out(tensors, "float64" if wide else "float32")
 
 
 def new(layout: Layout, like: torch.Tensor) -> Flat:
