@@ -449,6 +449,13 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(comm, folder,
             train(comm, folder, resume=True, **changed)
     with pytest.raises(RefusedError, match="--resume"):
         train(comm, folder)
+    more = {"algorithm": "adag", "hyperparameters": ("gamma=0.5",)}
+    train(comm, folder / "adag", 5, **more)
+    comm.barrier()
+    with pytest.raises(RefusedError, match=r"what --set gives was {'gamma': 0\.5} in .*, is {'gamma': 1\.0} now"):
+        train(comm, folder / "adag", resume=True, **{**more, "hyperparameters": ("gamma=1",)})
+    before = sorted((str(f), f.stat().st_mtime_ns) for f in folder.rglob("*"))
+    comm.barrier()
     monkeypatch.setenv("NOISY_GROUPS", "2")  # the job file may have changed
     with pytest.raises(RefusedError, match="parameter group"):
         train(comm, folder, resume=True)

@@ -191,6 +191,25 @@ def test_figures_are_means_over_the_samples_of_all_ranks(tmp_path: Path) -> None
     assert [record["loss"] for record in records] == pytest.approx(expected)
 
 
+def test_hyperparameters_and_the_clock_spread_reach_the_algorithm(tmp_path: Path) -> None:
+    """Elastic averaging with a job that learns nothing; an overlong alpha is refused by the class, printed once."""
+    job, output = tmp_path / "probe.py", tmp_path / "out"
+    job.write_text(PROBE)
+    common = [str(job), "--algorithm", "aeasgd", "--epochs", "2", "--batch-size", "1", "--output", str(output)]
+    result = train(2, *common, "--set", "beta=0.5", "--communication-window", "2", "--max-clock-spread", "1")
+    assert result.returncode == 0, result.output
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["hyperparameters"] == {"beta": 0.5}
+    assert (summary["communication_window"], summary["max_clock_spread"], summary["commits"]) == (2, 1, 14)
+    assert all("seconds_waiting" in json.loads(x) for x in (output / "metrics.1.jsonl").read_text().splitlines())
+    result = train(2, *common, "--overwrite", "--set", "beta=99")
+    assert result.returncode == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mpidl: ")]
+    assert lines == [
+        "mpidl: --algorithm aeasgd: alpha = beta / 2 worker(s) = 49.5; expected at most 1, where worker and center swap"
+    ]
+
+
 def expected_losses(seed: int, ranks: int, epochs: int) -> list[float]:
     """The mean of the samples 0..12 that the ranks see together in each step of batches of 2."""
     losses = []
