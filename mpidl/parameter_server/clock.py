@@ -2,7 +2,8 @@
 
 `begun` is fetched and increased before a commit's data, `landed` increased after they were flushed; a pull reads
 `landed` before its data. So a pull never misses a commit counted in its clock, and staleness never under-counts. A
-third word carries the wish to stop, a fourth the end of a warm start. Behind them lie two counts of each worker's own
+third word carries the wish to stop, a fourth the end of a warm start, two more a
+token for `replay`. Behind them lie two counts of each worker's own
 exchanges, by which `pace` holds fast workers back.
 """
 
@@ -13,8 +14,8 @@ import numpy as np
 from mpidl.topology import Topology
 from mpidl.window import Plan
 
-_BEGUN, _LANDED, _STOP, _WARM = range(4)
-_WORDS = 4
+_BEGUN, _LANDED, _STOP, _WARM, _TICKET, _TURN = range(6)
+_WORDS = 6
 _GONE = 1 << 40  # exchanges that a worker counts as having made when it has left: nobody waits for it
 
 
@@ -71,6 +72,18 @@ class Clock:
     def warm(self) -> bool:
         """Returns whether the warm start is over."""
         return self._window.fetch_add(self._home, _WARM, 0) > 0
+
+    def take_ticket(self) -> int:
+        """Takes a place in the row of those who wait for the token: 0, 1, 2, ..., each given once."""
+        return self._window.fetch_add(self._home, _TICKET, 1)
+
+    def turn(self) -> int:
+        """Returns whose turn it is, by place."""
+        return self._window.fetch_add(self._home, _TURN, 0)
+
+    def end_turn(self) -> None:
+        """Passes the token on."""
+        self._window.fetch_add(self._home, _TURN, 1)
 
     def committed(self) -> None:
         """Counts an exchange of this worker whose commit has landed."""

@@ -87,13 +87,14 @@ class DistBelief(Worker):
     def _exchange_if_due(self) -> None:
         push, fetch = self._steps == self._n_push, self._since_fetch == self._n_fetch
         if push or fetch:
-            started = time.perf_counter()
-            self._meet()
-            if push:
-                self._push(fetch)
-            elif fetch:
-                self._fetch()
-            self._after_exchange(started)
+            with self._turn():
+                started = time.perf_counter()
+                self._meet()
+                if push:
+                    self._push(fetch)
+                elif fetch:
+                    self._fetch()
+                self._after_exchange(started)
         self._warm.step()
 
     def _push(self, fetch: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,9 @@ from mpidl.communicator import Communicator
 from mpidl.errors import RankFailedError
 from mpidl.flat import Flat
 from mpidl.optimizer import DistributedOptimizer
+from mpidl.parameter_server import replay
 from mpidl.parameter_server.pace import Pace
+from mpidl.parameter_server.replay import Replay
 from mpidl.parameter_server.server import Beside, Server
 from mpidl.parameter_server.statistics import Statistics
 
@@ -75,6 +78,8 @@ class Worker(DistributedOptimizer):
         self._layout = flat.layout_of(self._held, self._orders)
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
         self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
+        look = self._server.look
+        self._replay = None if self._log is None else Replay(self._log, self._server.clock, self._ranks, look)
         self._pace = Pace(self._server.clock, max_clock_spread, self._server.look)
         self._clock = 0  # at the last pull
         self._steps = 0  # local steps since the last exchange
@@ -85,8 +90,11 @@ class Worker(DistributedOptimizer):
         self.stopping = False
 
     def _describe(self) -> dict[str, Any]:
+        waits = self._spread is not None or bool(self._hyperparameters.get("warm_start"))
+        self._log = replay.log_for(type(self).__name__, self._ranks.size, waits=waits)
         own = {"communication_window": self._window_length, "max_clock_spread": self._spread, "buffers": self._buffers}
-        return own | self._hyperparameters
+        log = {} if self._log is None else {replay.VARIABLE: self._log.description}
+        return own | self._hyperparameters | log
 
     # What an algorithm is made of.
 
@@ -206,6 +214,8 @@ class Worker(DistributedOptimizer):
             self._exchange()
         self._pace.leave()
         self._ranks.barrier("finish")  # after it every commit has landed: each rank flushed its own
+        if self._replay is not None:
+            self._replay.close()
         self._last_own, self._last_sums = self._own(), self._server.sums()
         self._last = self._pull()
         self._server.close()
@@ -213,6 +223,14 @@ class Worker(DistributedOptimizer):
     # What algorithms share.
 
     def _exchange(self) -> None:
+        with self._turn():
+            self._exchange_now()
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """Makes others wait with their exchanges, if the run is one that can be repeated."""
+        return nullcontext() if self._replay is None else self._replay.turn()
+
+    def _exchange_now(self) -> None:
         started = time.perf_counter()
         self._meet()
         self._pace.before_commit()

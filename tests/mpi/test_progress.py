@@ -80,6 +80,8 @@ def test_it_enters_mpi_again_and_again(world_comm, monkeypatch):
             time.sleep(0.01)
         assert progress._request == mpi.REQUEST_NULL
         sent.Wait()
+        progress._end.set()
+        progress._thread.join()  # it would test what is no request
         progress._request = None  # nothing left to cancel
         server.end_progress()
         server.close()
