@@ -44,6 +44,7 @@ class BucketMemory:
         self._parameters = parameters
         self._lends = False  # whether what was received can be a gradient itself
         self._gradients: dict[int, torch.Tensor | None] = {}
+        self._replaced: list[torch.Tensor | None] = []
         self._weight = 1.0
         self._request: Any = None  # under way
         self._last: Any = None  # the same, until the next one is started
@@ -80,8 +81,17 @@ class BucketMemory:
         packing, reducing = self._last.seconds if self._last is not None else (0.0, 0.0)
         return packing, reducing, self._waited
 
+    def let_go(self) -> None:
+        """Gives back the memory of gradients that backward has made and `write_back` has replaced.
+
+        Not at once: malloc would return it to the system, and the next backward pay for every page of it again. So it
+        goes when training without mpidl would give it back.
+        """
+        self._replaced.clear()
+
     def begin(self) -> None:
         """Forgets the gradients of the round before."""
+        self.let_go()
         self.packed.clear()
         self._gradients.clear()
         self._last = None
@@ -121,6 +131,7 @@ class BucketMemory:
                 continue
             if self._lends and (parameter.grad is None or (index in made and not parameter.grad.requires_grad)):
                 lent = self._memory.lend() if lent is None else lent
+                self._replaced.append(parameter.grad)
                 parameter.grad = lent.as_strided(parameter.shape, self._strides[index], self._slots[index].offset)
                 continue
             if parameter.grad is None:

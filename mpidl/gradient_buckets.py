@@ -66,6 +66,11 @@ class GradientBuckets:
         """Returns the number of the bucket in which a parameter's gradient travels."""
         return self._homes[index]
 
+    def let_go(self) -> None:
+        """Gives back the memory of gradients that were replaced."""
+        for memory in self.memories:
+            memory.let_go()
+
     def begin(self, first: int = 0) -> None:
         """Forgets the gradients of the round before, in bucket `first` and those behind it."""
         for memory in self.memories[first:]:

@@ -80,6 +80,7 @@ class Reducer:
         """
         if torch._C._current_graph_task_id() != -1:
             return  # recomputed inside a backward (checkpointing): nothing was interrupted
+        self._buckets.let_go()
         self._armed = None
         self._made.clear()
         if self._round is not None:
@@ -290,6 +291,7 @@ class Reducer:
 
     def close(self) -> None:
         """Takes the hooks off the parameters; no reduction is under way any more."""
+        self._buckets.let_go()
         self._collectives.end_helper()
         for handle in self._handles:
             handle.remove()

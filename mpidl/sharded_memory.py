@@ -92,6 +92,7 @@ class ShardedBucketMemory(BucketMemory):
                 if carried[index] and piece.tensor.grad is not None:
                     gradient = piece.tensor.grad + gradient
                 piece.tensor.grad = gradient if piece.owned or not slot.count else None
+                self._replaced.append(self._parameters[index].grad)
                 self._parameters[index].grad = self._marks[index]
             elif not carried[index]:
                 piece.tensor.grad = None
@@ -112,6 +113,7 @@ class ShardedBucketMemory(BucketMemory):
 
     def close(self) -> None:
         """Takes the hooks off the parameters, and the marks."""
+        self.let_go()
         for handle in self._handles:
             handle.remove()
         for index, mark in self._marks.items():
