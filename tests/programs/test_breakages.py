@@ -43,8 +43,8 @@ BREAKAGES = {
     ),
     "gradients are not summed": Breakage(
         "collectives/in_node.py",
-        "(0, receive.address), divisor=divisor)",
-        '(0, receive.address), divisor=divisor, op="max")',
+        "(0, receive.address), **options)",
+        '(0, receive.address), **options | {"op": "max"})',
         "mpi/test_synchronous.py",
         "-k equals_one_rank",
     ),
