@@ -12,6 +12,7 @@ from mpidl.errors import ArgumentError, LauncherError, NoMPIError
 _COMMANDS = {
     "bench": "mpidl.cli.bench",
     "doctor": "mpidl.cli.doctor",
+    "plot": "mpidl.cli.plot",
     "run": "mpidl.cli.run",
     "train": "mpidl.cli.train",
 }

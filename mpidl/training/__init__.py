@@ -16,4 +16,5 @@ randomness  the random numbers of one rank
 outputs     the output folder: metrics and summary, each written so that it is whole or absent
 agreement   how ranks refuse alike
 progress    what a person sees
+plotting    finished runs as a picture
 """

@@ -130,6 +130,8 @@ def test_every_rank_gets_the_roots_data(comm: mpidl.Communicator, algorithm: str
 def test_ranks_of_a_node_need_not_follow_each_other(comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch):
     if (comm.size, comm.nodes) != (4, 2):
         pytest.skip("shown by 4 ranks")
+    if len({process.visible for process in comm.topology.placement.processes}) > 1:
+        pytest.skip("ranks that really are on two nodes cannot change places")
     monkeypatch.setattr(costs, "choose", lambda *_, **__: "direct")
     placement = replace(comm.topology.placement, nodes=(0, 1, 0, 1))
     topology = Topology(comm.topology._mpi, comm.topology.data, "by turns", placement)

@@ -261,7 +261,8 @@ def test_buckets_travel_while_backward_goes_on(comm, backwards):
 
         @staticmethod
         def backward(ctx, gradient):
-            time.sleep(0.05)
+            comm.barrier()  # all have come as far: the header of this backward is on its way from each
+            time.sleep(0.01)
             now = optimizer._reducer._round
             launched.append(0 if now is None else now.launched)
             return gradient

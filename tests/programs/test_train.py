@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from launching import MPIDL, WHOLE_TORCH, Result, run_ranks
 from safetensors.torch import load_file
 
 from mpidl.training import job as jobs
+from mpidl.training import plotting
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "digits.py"
 
@@ -88,6 +90,23 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     result = train(ranks, str(DIGITS), *arguments, env=WHOLE_TORCH if algorithm == "synchronous" else None)
     assert result.returncode == 0, result.output
     return Run(algorithm, ranks, epochs, result, output)
+
+
+def test_it_can_be_drawn(run: Run, tmp_path: Path) -> None:
+    """With itself as it was half-way: no summary yet, a line only begun."""
+    under_way, picture = tmp_path / "under-way", tmp_path / "runs.png"
+    under_way.mkdir()
+    for file in run.output.glob("metrics*.jsonl"):
+        text = file.read_text()
+        (under_way / file.name).write_text(text[: len(text) // 2])
+    command = [str(MPIDL), "plot", str(run.output), str(under_way), "--output", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"mpidl plot: 2 run(s) drawn into {picture}\n"), done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    read = plotting.read(run.output)
+    assert read.records[-1]["samples"] == run.summary["samples"]
+    assert read.name == f"{run.output.name} ({run.algorithm}, {run.ranks} ranks)"
+    assert plotting.read(under_way).name == "under-way (not finished)"
 
 
 def held_out(job: jobs.Job, state: dict[str, torch.Tensor]) -> tuple[float, float]:

@@ -21,11 +21,11 @@ def test_help_lists_the_commands_with_an_example() -> None:
     status, text = invoke("--help")
     assert status == 0
     assert "mpidl run -n 4 -- mpidl train" in text
-    for name in ("bench", "doctor", "run", "train"):
+    for name in ("bench", "doctor", "plot", "run", "train"):
         assert f"\n  {name} " in text
 
 
-@pytest.mark.parametrize("name", ["bench", "doctor", "run", "train"])
+@pytest.mark.parametrize("name", ["bench", "doctor", "plot", "run", "train"])
 def test_each_command_has_help_with_an_example(name: str) -> None:
     status, text = invoke(name, "--help")
     assert status == 0
