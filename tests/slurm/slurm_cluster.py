@@ -58,6 +58,7 @@ class Cluster:
             "VIRTUAL_ENV": sys.prefix,
             "PATH": f"{sys.prefix}/bin:{os.environ.get('PATH', os.defpath)}",
             "UCX_TLS": "tcp,self",  # MPICH's UCX would find ways through the kernel that the nodes share
+            "UCX_NET_DEVICES": "eth0",  # with the loopback beside it, addresses can be longer than pmi2 takes
             "OMPI_MCA_osc": "^ucx",  # whose complaint about itself is harmless
         }
         if INSIDE not in os.environ:
