@@ -14,6 +14,7 @@ import torch
 from family_helpers import ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, in_turns, one_step, sgd, weight
 
 import mpidl
+from mpidl.parameter_server import clock as clocks
 from mpidl.parameter_server import gem
 from mpidl.parameter_server.server import Beside, Server
 
@@ -156,7 +157,7 @@ def test_no_worker_is_more_than_the_spread_ahead(world_comm, name, spread):
 def committed(clock):
     """Everybody's exchanges."""
     counts = np.empty(clock._workers, np.int64)
-    clock._window.read(clock._home, 4, counts)
+    clock._window.read(clock._home, clocks._WORDS, counts)
     clock._window.flush()
     return counts
 
