@@ -2,9 +2,8 @@
 
 `begun` is fetched and increased before a commit's data, `landed` increased after they were flushed; a pull reads
 `landed` before its data. So a pull never misses a commit counted in its clock, and staleness never under-counts. A
-third word carries the wish to stop, a fourth the end of a warm start, two more a
-token for `replay`. Behind them lie two counts of each worker's own
-exchanges, by which `pace` holds fast workers back.
+third word carries the wish to stop, a fourth the end of a warm start, two more a token for `replay`. Behind them lie
+two counts of each worker's own exchanges, by which `pace` holds fast workers back.
 """
 
 from __future__ import annotations
