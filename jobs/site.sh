@@ -27,8 +27,9 @@ fi
 # MPICH and others built on UCX:
 # export UCX_NET_DEVICES=mlx5_0:1    # a fast network by its device; ucx_info -d lists them
 # export UCX_TLS=tcp,self            # plain Ethernet
-# Name few: with many, the addresses of ranks become longer than SLURM's pmi2 takes, and MPICH's start fails now and then
-# ("mpi/pmi2: value not properly terminated in client request", "Destination is unreachable").
+# MPICH from PyPI by libfabric instead of UCX: the remedy for starts that fail now and then under srun with
+# "mpi/pmi2: value not properly terminated in client request" (README.md says why):
+# export MPIR_CVAR_CH4_NETMOD=ofi
 # Open MPI over Ethernet:
 # export OMPI_MCA_btl_tcp_if_include=eth0
 # Intel MPI:

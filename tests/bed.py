@@ -50,15 +50,16 @@ class Outcome:
     passed: int = 0
     failed: int = 0
     skipped: dict[str, str] = field(default_factory=dict)  # test -> why
-    seconds: float = 0.0
+    seconds: float = 0.0  # in this file's tests, on rank 0
+    launch_seconds: float = 0.0  # of the whole launch, at the first of its files; else 0
     problem: str = ""  # empty if all went well; else the whole report
 
     def __str__(self) -> str:
         parts = [f"{self.passed} passed", f"{len(self.skipped)} skipped"]
         if self.problem:
             parts.insert(0, f"{self.failed} failed")
-        time = f"in {self.seconds:.1f} s" if self.seconds else "in a launch before"
-        return f"{', '.join(parts)} inside the ranks {time}"
+        launch = f", of a launch of {self.launch_seconds:.1f} s" if self.launch_seconds else ""
+        return f"{', '.join(parts)} inside the ranks in {self.seconds:.1f} s{launch}"
 
 
 def settings(path: Path) -> Settings:
@@ -91,7 +92,7 @@ def run_files(paths: Sequence[Path], ranks: int, root: Path, arguments: tuple[st
         if not whole and len(paths) > 1 and not _begun(folder, ranks):  # one cannot even be imported: which?
             return run_files(paths[:1], ranks, root, arguments)
         outcomes = [_judge(folder, ranks, path) for path in _came_to(folder, ranks, paths, whole)]
-        outcomes[0].seconds = running.seconds
+        outcomes[0].launch_seconds = running.seconds
         if not whole or stopped:
             outcomes[-1].failed = max(outcomes[-1].failed, 1)
             outcomes[-1].problem = _report(folder, ranks, running, stopped, vanished)
@@ -162,7 +163,8 @@ def _judge(folder: Path, ranks: int, path: Path) -> Outcome:
     for line in (line for rank in range(ranks) for line in _lines(folder, rank) if "outcome" in line):
         if _is_of(line["test"], path):
             verdicts.setdefault(line["test"], {})[line["outcome"]] = line["why"]
-    outcome = Outcome()
+    ended = (line for line in _lines(folder, 0) if "ended" in line and _is_of(line["ended"], path))
+    outcome = Outcome(seconds=sum(line["seconds"] for line in ended))
     for test, found in verdicts.items():
         if "failed" in found:
             outcome.failed += 1

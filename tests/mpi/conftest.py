@@ -154,8 +154,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if not _INSIDE:
         return (yield)
     _note(begun=item.nodeid)
+    start = time.monotonic()
     result = yield
     _agree()  # a failing rank has aborted by now: whoever returns knows that all passed
+    _note(ended=item.nodeid, seconds=round(time.monotonic() - start, 3))
     return result
 
 
