@@ -9,10 +9,10 @@ usage: tests/run.sh [--only mpich|openmpi] [--environments DIR] [-- PYTEST ARGUM
        tests/run.sh --prepare [--only mpich|openmpi] [--environments DIR]
 
 Makes DIR/.venv-mpich and DIR/.venv-openmpi (DIR: the top of the checkout), or brings those that are there up to date,
-and runs pytest in each, both at the same time: tests of ranks that wait, sleep or are killed leave the cores idle for
-more than half of their time. What the second prints follows when the first has ended. The last line counts the tests of
-both, those inside the ranks included; the exit status is 0 only if none failed. What has no MPI in it runs in one of the
-two. --prepare makes the environments and stops there. MPIDL_TORCH_INDEX names a further package index for torch, as for jobs/quickstart.sh.
+and runs pytest in each, both at the same time. What the second prints follows when the first has ended. The last line
+counts the tests of both, those inside the ranks included; the exit status is 0 only if none failed. What has no MPI in
+it runs in one of the two. --prepare makes the environments and stops there. MPIDL_TORCH_INDEX names a further package
+index for torch, as for jobs/quickstart.sh.
 TEXT
 }
 
@@ -96,22 +96,24 @@ if [ -n "$second" ]; then
     cat "$folder/prepared.log"
 fi
 [ -z "$prepare_only" ] || exit 0
-left_to_second=() left_to_first=()
+# Ranks of tests/mpi that wait for each other take whole cores: of the two suites only one at a time runs them, the first
+# at its start and the second at its end. Programs leave the cores idle for more than half of their time.
+of_first=("$@") of_second=("$@")
 if [ ${#mpis[@]} -gt 1 ]; then
-    if [ $# -eq 0 ]; then # what no MPI has a part in, or would be the same on another
-        left_to_first=(unit programs/test_train_refused.py programs/test_launching.py programs/test_bench.py)
-        left_to_first+=(programs/test_docs.py programs/test_train_fashion_mnist.py mpi/test_cupy.py)
-        left_to_first+=(mpi/test_shared_memory.py mpi/test_helper.py mpi/test_benchmarks.py)
-        left_to_second=(mpi/test_device_training.py)
-        left_to_first=("${left_to_first[@]/#/--ignore=tests/}")
-        left_to_second=("${left_to_second[@]/#/--ignore=tests/}")
+    if [ $# -eq 0 ]; then # what no MPI has a part in, or would be the same on another, runs in one
+        of_first=(tests/mpi tests/programs tests/unit --ignore=tests/mpi/test_device_training.py)
+        of_second=(tests/programs tests/mpi)
+        for file in train_refused launching bench docs train_fashion_mnist; do
+            of_second+=("--ignore=tests/programs/test_$file.py")
+        done
+        for file in cupy shared_memory helper benchmarks; do of_second+=("--ignore=tests/mpi/test_$file.py"); done
     fi
     set -m # a process group of its own, so that all of it can be ended
-    suite "${mpis[1]}" "${left_to_first[@]}" "$@" > "$folder/second.log" 2>&1 &
+    suite "${mpis[1]}" "${of_second[@]}" > "$folder/second.log" 2>&1 &
     second=$!
     set +m
 fi
-suite "${mpis[0]}" "${left_to_second[@]}" "$@" || status=1
+suite "${mpis[0]}" "${of_first[@]}" || status=1
 if [ -n "$second" ]; then
     wait "$second" || status=1
     second=

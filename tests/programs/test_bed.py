@@ -167,7 +167,8 @@ def test_of_a_shared_launch_only_the_file_that_fails_fails(tmp_path: Path) -> No
 
     again = planted(tmp_path, b=together + good, c=together + good)
     assert again.returncode == 0, again.printed
-    assert again.printed.count("1 passed, 0 skipped inside the ranks in a launch before") == 3
+    assert again.printed.count("1 passed, 0 skipped inside the ranks in") == 4
+    assert again.printed.count(", of a launch of ") == 1
 
 
 def test_comm_has_every_size(tmp_path: Path) -> None:

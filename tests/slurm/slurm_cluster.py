@@ -57,7 +57,7 @@ class Cluster:
             **environment_for_tests(),
             "VIRTUAL_ENV": sys.prefix,
             "PATH": f"{sys.prefix}/bin:{os.environ.get('PATH', os.defpath)}",
-            # MPICH by libfabric: its UCX announces itself in lines longer than pmi2 reads, now and then (jobs/README.md).
+            # MPICH by libfabric: what its UCX announces is longer than pmi2 reads, now and then (jobs/README.md).
             "MPIR_CVAR_CH4_NETMOD": "ofi",
             "FI_PROVIDER": "tcp",  # not through the kernel that the nodes share
             "OMPI_MCA_osc": "^ucx",  # whose complaint about itself is harmless

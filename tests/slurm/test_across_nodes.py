@@ -1,4 +1,4 @@
-"""Files of tests/mpi on two nodes, in the ranks that srun starts: the one-sided server, collectives, Synchronous."""
+"""Files of tests/mpi on two nodes, in the ranks that srun starts: the one-sided server, its family, collectives."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def test_counting_and_staleness_are_exact_across_nodes(cluster: Cluster) -> None
     selected = ["-k", " or ".join(COUNTING)]
     for passed in in_ranks(cluster, "server", ["test_server.py"], selected, {"MPIDL_TESTS_ROUNDS": "40"}):
         assert {name.rpartition("::")[2].partition("[")[0] for name in passed} == set(COUNTING)
+
+
+def test_histories_replay_and_the_family_across_nodes(cluster: Cluster) -> None:
+    files = ["test_history.py", "test_replay.py", "test_family_together.py"]
+    for passed in in_ranks(cluster, "family", files):
+        assert {Path(name.partition("::")[0]).name for name in passed} == set(files)
 
 
 def test_collectives_and_lanes_across_nodes(cluster: Cluster) -> None:
