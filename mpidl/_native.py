@@ -17,9 +17,9 @@ import cffi
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 
 _LIBRARY = Path(__file__).with_name("_mpidl.so")
-_INTERFACE = 4
+_INTERFACE = 5
 
-# As in csrc/mpidl.h and csrc/mpidl_node.h.
+# As in csrc/mpidl.h, csrc/mpidl_node.h and csrc/mpidl_center.h.
 ffi = cffi.FFI()
 ffi.cdef(
     """
@@ -75,6 +75,22 @@ ffi.cdef(
     void mpidl_helper_give(mpidl_helper *helper, mpidl_job *job);
     int mpidl_helper_wait(mpidl_helper *helper, mpidl_job *job, int64_t patience);
     void mpidl_helper_stop(mpidl_helper *helper);
+
+    typedef struct {
+        uintptr_t memory;
+        int64_t count, block;
+        int32_t dtype;
+        uint32_t holder;
+    } mpidl_center;
+    typedef struct {
+        int64_t start, count;
+        uintptr_t values, before, after;
+        double scale;
+        int32_t replaces, waits_for;
+        int64_t done;
+    } mpidl_pass;
+    int64_t mpidl_center_nbytes(int64_t count, int64_t block, int dtype);
+    int mpidl_center_move(const mpidl_center *center, mpidl_pass *pass, int64_t patience);
     """
 )
 

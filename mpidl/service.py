@@ -17,6 +17,7 @@ import numpy as np
 from mpidl import leaving, runtime, topology
 from mpidl.collectives import disagreement
 from mpidl.errors import ArgumentError, MismatchError
+from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
 from mpidl.waiting import Lookout
 from mpidl.window import Plan, Window
@@ -48,7 +49,10 @@ class Service:
         Returns:
             Workers and servers under a communicator of their own.
         """
-        windows = {server: [[plan.name, plan.dtype, plan.counts[server]] for plan in plans] for server in self.servers}
+        windows = {
+            server: [[plan.name, plan.dtype, plan.counts[server], plan.shared] for plan in plans]
+            for server in self.servers
+        }
         self._send(lambda server: {"order": _OPEN, "name": name, "windows": windows[server]})
         ranks = self.whole.duplicate(f"{name} with its servers")
         self._numbers[ranks] = self._opened
@@ -116,7 +120,7 @@ class _Server:
         self._workers = range(workers)
         nodes = whole.placement.nodes
         self._far = any(nodes[worker] != nodes[whole.rank] for worker in self._workers)
-        self._held: dict[int, tuple[Topology, list[Window]]] = {}
+        self._held: dict[int, tuple[Topology, list[Window | SharedBlocks]]] = {}
         self._opened = 0
         self._stop_passed_on = False
         self._lookout = Lookout(whole.channel, "the wait for an order: it serves")
@@ -157,9 +161,9 @@ class _Server:
     def _open(self, order: dict[str, Any]) -> None:
         ranks = self._whole.duplicate(f"{order['name']} with its servers")
         windows = []
-        for name, dtype, count in order["windows"]:
+        for name, dtype, count, shared in order["windows"]:
             counts = tuple(count if rank == ranks.rank else 0 for rank in range(ranks.size))
-            windows.append(Plan(name, dtype, counts).make(ranks))
+            windows.append(Plan(name, dtype, counts, shared).make(ranks))
         self._held[self._opened] = (ranks, windows)
         self._opened += 1
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import datatypes, leaving, runtime
+from mpidl import datatypes, leaving, runtime, shared_blocks
 from mpidl.errors import ClosedError
+from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
 
 _PIECE = 1 << 28  # elements per MPI call
@@ -21,14 +22,23 @@ _PIECE = 1 << 28  # elements per MPI call
 
 @dataclass(frozen=True)
 class Plan:
-    """What a window will be; ranks that only serve are told of it, the others know it."""
+    """What a window will be, or what is used in its place; ranks that only serve are told of it."""
 
     name: str
     dtype: str
     counts: tuple[int, ...]  # elements on each rank
+    shared: int = 0  # elements of all ranks together, if they may share memory in the window's place; else 0
 
-    def make(self, ranks: Topology) -> Window:
-        """Makes the window over `ranks` and fills it with zeros; a collective."""
+    def make(self, ranks: Topology) -> Window | SharedBlocks:
+        """Makes what is planned over `ranks`, filled with zeros; a collective."""
+        if self.shared:
+            memory = shared_blocks.map_blocks(ranks, self.shared, self.dtype)
+            if memory is not None:
+                return SharedBlocks(ranks, self.shared, self.dtype, self.name, memory)
+        return self.make_window(ranks)
+
+    def make_window(self, ranks: Topology) -> Window:
+        """Makes a window over `ranks` and fills it with zeros; a collective."""
         count = self.counts[ranks.rank]
         window = Window(ranks, count, self.dtype, self.name)
         window.fill(np.zeros(count, self.dtype))

@@ -43,6 +43,8 @@ printf "the device's kernels, on the host: "
 build -Itests/cuda_host tests/cuda_host/driver.c tests/cuda_host/runtime.c csrc/cuda_memory.c -x c csrc/cuda_packing.cu
 for sanitizers in thread address,undefined; do
     printf '%s: ' "$sanitizers"
+    build_with "$sanitizers" tests/center_driver.c csrc/center.c csrc/kernels*.c
+    printf '%s: ' "$sanitizers"
     build_with "$sanitizers" tests/node_driver.c csrc/kernels*.c \
         csrc/helper.c csrc/node.c csrc/table.c csrc/turns.c
 done

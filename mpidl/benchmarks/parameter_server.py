@@ -99,13 +99,11 @@ class _Server(_Way):
     def __init__(self, workers: Together, count: int) -> None:
         super().__init__(workers, count)
         self._moved = self._pattern * ((workers.rank + 1) / _SCALE)
-        self._delta, self._pulled = np.empty_like(self._moved), np.zeros_like(self._moved)
+        self._pulled = np.zeros_like(self._moved)
         self.server = Server(workers.comm.topology, np.zeros(count, np.float32), "mpidl bench")
 
     def exchange(self) -> None:
-        np.multiply(self._moved, np.float32(_SCALE), out=self._delta)
-        self.server.commit(self._delta)
-        self.server.pull(self._pulled)
+        self.server.commit_and_pull(self._moved, self._pulled, scale=_SCALE)
 
     def center(self) -> np.ndarray[Any, Any]:
         self.server.pull(self._pulled)

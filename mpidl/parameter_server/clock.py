@@ -29,7 +29,7 @@ class Clock:
     """
 
     def __init__(self, ranks: Topology, plan: Plan, home: int, workers: int) -> None:
-        self._window = plan.make(ranks)
+        self._window = plan.make_window(ranks)
         self._home = home
         self._rank, self._workers = ranks.rank, workers
 

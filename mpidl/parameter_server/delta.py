@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from mpidl import state
+from mpidl import flat, state
 from mpidl.flat import Flat
 from mpidl.parameter_server.server import Aim
 from mpidl.parameter_server.worker import Worker
@@ -17,6 +17,8 @@ class DeltaWorker(Worker):
 
     Args and errors as `Worker`; `communication_window` is 5 by default, as in dist-keras.
     """
+
+    _pulled: tuple[int, Flat] | None = None  # clock and center, if the last commit has read them
 
     @abstractmethod
     def _rule(self, moved: Flat, steps: int) -> Flat:
@@ -39,9 +41,20 @@ class DeltaWorker(Worker):
         number = self._server.clock.begin()  # from here on no other commit can come to have the same number
         staleness = number - self._clock
         scale = self._scale(staleness)
-        if scale != 1.0:
-            delta *= scale
         same_dtype = all(state.dtype_name(p) == self._layout.dtype for _, p in self._held)
         exact = same_dtype and self._commits_the_move(self._steps)
-        self._server.commit(delta, Aim(self._clock, self._start, reached) if exact else None, number)
+        aim = Aim(self._clock, self._start, reached) if exact else None
+        if self._spread is None:  # nobody is waited for between commit and pull
+            pulled = flat.new(self._layout, self._views()[0])
+            self._pulled = self._server.commit_and_pull(delta, pulled, scale=scale, aim=aim, number=number)[1], pulled
+        else:
+            self._server.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), aim, number)
         self._count_commit(staleness, delta.nbytes)
+
+    def _fetch(self) -> None:
+        if self._pulled is None:
+            super()._fetch()
+            return
+        (self._clock, pulled), self._pulled = self._pulled, None
+        self.statistics.bytes += pulled.nbytes
+        self._start_from(pulled)

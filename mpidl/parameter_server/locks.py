@@ -27,7 +27,7 @@ class Locks:
     """
 
     def __init__(self, ranks: Topology, plan: Plan, look: Callable[[], None]) -> None:
-        self._window = plan.make(ranks)
+        self._window = plan.make_window(ranks)
         self._look = look
 
     @staticmethod

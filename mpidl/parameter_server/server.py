@@ -1,8 +1,9 @@
-"""The center variable and its operations, in the *rma* protocol.
+"""The center variable and its operations, in two protocols; which one is decided when it is made, for all of it.
 
-Commits are `MPI_Accumulate(SUM)`, pulls `MPI_Get_accumulate(NO_OP)`: atomic per element, so that no commit is lost,
-and served by MPI while the owner computes. Rules that must read and write the center in one step exchange shard by
-shard under a lock. What a worker commits is its algorithm's business.
+*node*, where all ranks are on one: the center lies in memory that they share, and each block of it is changed and read
+under its lock. *rma* anywhere else: commits are `MPI_Accumulate(SUM)`, pulls `MPI_Get_accumulate(NO_OP)`, atomic per
+element and served by MPI while the owner computes. No commit is lost in either. Rules that must read and write the
+center in one step exchange shard by shard under a lock. What a worker commits is its algorithm's business.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpidl import shared_blocks
 from mpidl.flat import Flat
+from mpidl.parameter_server import sharded_array
 from mpidl.parameter_server.clock import Clock
 from mpidl.parameter_server.locks import Locks
 from mpidl.parameter_server.progress import start_progress
-from mpidl.parameter_server.sharded_array import ShardedArray, plan_of
+from mpidl.parameter_server.sharded_array import SharedArray, plan_of
 from mpidl.parameter_server.sharding import shard
 from mpidl.service import Service
 from mpidl.topology import Topology
 from mpidl.waiting import Lookout
+
+Exchanged = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,21 @@ class Server:
         first = ranks.rank % len(shards)
         self._order = shards[first:] + shards[:first]
         clock = Clock.plan(name, size, owners.start, ranks.size)
-        center = plan_of(f"the center of {name}", initial.dtype.name, shards, size)
+        shared = shared_blocks.possible(service.whole if service is not None else ranks)
+        self.protocol = "node" if shared else "rma"
+        center = plan_of(f"the center of {name}", initial.dtype.name, shards, size, shared=shared)
         locks = [Locks.plan(name, size, owners)] if beside.locks else []
-        sums = [plan_of(f"the sums of {name}", initial.dtype.name, shards, size)] if beside.sums else []
+        sums = [plan_of(f"the sums of {name}", initial.dtype.name, shards, size, shared=shared)] if beside.sums else []
         plans = (clock, center, *locks, *sums)
         self._ranks = service.open(name, plans) if service is not None else ranks  # all that hold or reach it
         self._lookout = Lookout(self._ranks.channel, "")
         self._where = f"the center of {name} lies on rank(s) {', '.join(map(str, owners))}"
         self.clock = Clock(self._ranks, clock, owners.start, ranks.size)
-        self._center = ShardedArray(self._ranks, center, self._order)
+        self._center = sharded_array.make(self._ranks, center, self._order, self.look)
         self._locks = Locks(self._ranks, locks[0], self.look) if locks else None
-        self._sums = ShardedArray(self._ranks, sums[0], self._order) if sums else None
+        self._sums = sharded_array.make(self._ranks, sums[0], self._order, self.look) if sums else None
         for part in shards[ranks.rank :: ranks.size]:  # workers share the writing out of what all of them know
-            self._center.window.write(part.owner, 0, initial[part.start : part.start + part.count])
+            self._center.write(part, initial[part.start : part.start + part.count])
         self._center.flush()
         ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
         held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
@@ -109,7 +116,32 @@ class Server:
         self._center.read(out)
         return landed
 
-    def exchange(self, change: Callable[[slice, Flat], Flat], out: Flat) -> tuple[int, int]:
+    def commit_and_pull(
+        self, delta: Flat, out: Flat, *, scale: float = 1.0, aim: Aim | None = None, number: int | None = None
+    ) -> Exchanged:
+        """Commits `delta * scale` and then pulls, in one pass over the center where it lies in shared memory.
+
+        Args as `commit`, beside:
+            out: receives the center, which holds this commit.
+            scale: 1 where there is an aim.
+
+        Returns:
+            The commit's number, and a clock: this commit, and every other one that it counts, is in `out`.
+        """
+        if not isinstance(self._center, SharedArray):
+            return self.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), aim, number), self.pull(out)
+        if number is None:
+            number = self.clock.begin()
+        landed = self.clock.landed()  # before the data, as in `pull`
+        self._center.add_and_pull(delta, scale, out)
+        if aim is not None and number == aim.clock:
+            short = aim.wanted - (aim.pulled + delta)
+            self._center.add_few(short)
+            out += short  # others may have committed meanwhile, and stay in it
+        self.clock.land()
+        return number, landed + 1
+
+    def exchange(self, change: Callable[[slice, Flat], Flat], out: Flat) -> Exchanged:
         """Commits and pulls in one step for each shard, which nobody else reads or writes meanwhile.
 
         Args:
@@ -126,11 +158,9 @@ class Server:
             if part.count:
                 here = slice(part.start, part.start + part.count)
                 with self._locks.held(part.owner):
-                    self._center.window.read(part.owner, 0, out[here])
-                    self._center.window.flush(part.owner)
+                    self._center.read_shard(part, out[here])
                     out[here] = change(here, out[here])
-                    self._center.window.replace(part.owner, 0, out[here])
-                    self._center.window.flush(part.owner)  # before the lock goes: who comes next must find it
+                    self._center.replace(part, out[here])  # before the lock goes: who comes next must find it
         self.clock.land()
         return number, landed + 1
 

@@ -1,30 +1,44 @@
-"""A flat array that lies in shards on several ranks, in an RMA window; its operations are those of the window."""
+"""The flat array of a server, in the two ways in which it can be held: in shards in an RMA window, which ranks of all
+nodes reach, or in memory that the ranks of one node share. Their operations are the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from mpidl.flat import Flat
 from mpidl.parameter_server.sharding import Shard
+from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
-from mpidl.window import Plan
+from mpidl.window import Plan, Window
+
+_GAP = 4096  # elements that are rather passed over than left out
 
 
-class ShardedArray:
-    """The center variable, or what a server keeps beside it; zeros at first. Making it is a collective.
+def make(ranks: Topology, plan: Plan, order: Sequence[Shard], look: Callable[[], None]) -> ShardedArray | SharedArray:
+    """Makes what a plan says; a collective.
 
     Args:
         ranks: who can reach it.
         plan: as `plan_of` gives it.
         order: the shards, in the order in which this rank goes through them.
+        look: called while this rank waits for others; raises if one has died.
     """
+    made = plan.make(ranks)
+    if isinstance(made, Window):
+        return ShardedArray(made, plan.dtype, order)
+    made.look = look
+    return SharedArray(made, plan.dtype, order)
 
-    def __init__(self, ranks: Topology, plan: Plan, order: Sequence[Shard]) -> None:
-        self.window = plan.make(ranks)
-        self._order = order
-        self.dtype = plan.dtype
+
+class ShardedArray:
+    """The center variable, or what a server keeps beside it, in a window; zeros at first."""
+
+    def __init__(self, window: Window, dtype: str, order: Sequence[Shard]) -> None:
+        self.window, self.dtype, self._order = window, dtype, order
 
     def add(self, values: Flat) -> None:
         """Starts adding; ends with `flush`."""
@@ -57,6 +71,20 @@ class ShardedArray:
                 self.window.read(part.owner, 0, out[part.start : part.start + part.count])
         self.window.flush()
 
+    def write(self, part: Shard, values: Flat) -> None:
+        """Starts giving a shard its values, when nobody uses it; ends with `flush`."""
+        self.window.write(part.owner, 0, values)
+
+    def read_shard(self, part: Shard, out: Flat) -> None:
+        """Copies a shard into `out`."""
+        self.window.read(part.owner, 0, out)
+        self.window.flush(part.owner)
+
+    def replace(self, part: Shard, values: Flat) -> None:
+        """Gives a shard its values while others may read it; has taken effect on return."""
+        self.window.replace(part.owner, 0, values)
+        self.window.flush(part.owner)
+
     def flush(self) -> None:
         """Returns when what was started has taken effect."""
         self.window.flush()
@@ -66,7 +94,66 @@ class ShardedArray:
         self.window.close()
 
 
-def plan_of(name: str, dtype: str, shards: Sequence[Shard], size: int) -> Plan:
-    """Returns what a sharded array needs of `size` ranks."""
+class SharedArray:
+    """The same in shared memory: all has taken effect when a call returns, and no block of it is seen half-changed."""
+
+    def __init__(self, blocks: SharedBlocks, dtype: str, order: Sequence[Shard]) -> None:
+        self._blocks, self.dtype = blocks, dtype
+        self._parts = [part for part in order if part.count]
+
+    def add(self, values: Flat) -> None:
+        for part in self._parts:
+            self._blocks.add(part.start, values[_place(part)])
+
+    def add_and_pull(self, values: Flat, scale: float, out: Flat) -> None:
+        """Adds `values * scale`, and copies the array, as it is then, into `out`."""
+        for part in self._parts:
+            self._blocks.add(part.start, values[_place(part)], scale, after=out[_place(part)])
+
+    def add_few(self, values: Flat) -> None:
+        found = np.flatnonzero(values)
+        for start, stop in _runs(found):
+            self._blocks.add(start, values[start:stop])
+
+    def add_and_read(self, values: Flat) -> Flat:
+        before = np.empty_like(values)
+        for part in self._parts:
+            self._blocks.add(part.start, values[_place(part)], before=before[_place(part)])
+        return before
+
+    def read(self, out: Flat) -> None:
+        for part in self._parts:
+            self._blocks.read(part.start, out[_place(part)])
+
+    def write(self, part: Shard, values: Flat) -> None:
+        self._blocks.replace(part.start, values)
+
+    def read_shard(self, part: Shard, out: Flat) -> None:
+        self._blocks.read(part.start, out)
+
+    def replace(self, part: Shard, values: Flat) -> None:
+        self._blocks.replace(part.start, values)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._blocks.close()
+
+
+def _place(part: Shard) -> slice:
+    return slice(part.start, part.start + part.count)
+
+
+def _runs(found: Any) -> Iterator[tuple[int, int]]:
+    """Ranges that hold all of the ascending indices, and of the rest only small gaps."""
+    if found.size:
+        cuts = np.flatnonzero(np.diff(found) > _GAP)
+        firsts, lasts = np.append(0, cuts + 1), np.append(cuts, found.size - 1)
+        yield from ((int(found[first]), int(found[last]) + 1) for first, last in zip(firsts, lasts, strict=True))
+
+
+def plan_of(name: str, dtype: str, shards: Sequence[Shard], size: int, *, shared: bool) -> Plan:
+    """Returns what such an array needs of `size` ranks; `shared`: they may share memory for it."""
     counts = dict.fromkeys(range(size), 0) | {part.owner: part.count for part in shards}
-    return Plan(name, dtype, tuple(counts.values()))
+    return Plan(name, dtype, tuple(counts.values()), sum(counts.values()) if shared else 0)

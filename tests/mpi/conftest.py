@@ -126,6 +126,18 @@ def _communicator(size: int) -> mpidl.Communicator:
     return _communicators[size]
 
 
+@pytest.fixture(params=["node", "rma"])
+def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the center is held, by the switch that users have; across nodes there is one way only."""
+    from mpidl import shared_memory
+
+    nodes = set(_communicator(_ranks()).topology.placement.nodes)
+    if request.param == "node" and len(nodes) > 1:
+        pytest.skip("ranks of several nodes share no memory")
+    monkeypatch.setenv(shared_memory.SWITCH, "1" if request.param == "node" else "0")
+    return str(request.param)
+
+
 # -------------------------------------------------------------------------------------------------------- verdict
 
 

@@ -82,13 +82,13 @@ def test_no_commit_is_missing(ranks: Together) -> None:
 
 
 def test_a_lost_commit_is_found(ranks: Together, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit, calls = Server.commit, []
+    commit, calls = Server.commit_and_pull, []
 
-    def lossy(self: Server, delta: Any, *rest: Any) -> Any:
+    def lossy(self: Server, delta: Any, *rest: Any, **more: Any) -> Any:
         calls.append(1)
-        return commit(self, delta if len(calls) != 2 or ranks.rank else np.zeros_like(delta), *rest)
+        return commit(self, delta if len(calls) != 2 or ranks.rank else np.zeros_like(delta), *rest, **more)
 
-    monkeypatch.setattr(Server, "commit", lossy)
+    monkeypatch.setattr(Server, "commit_and_pull", lossy)
     assert "miss a commit" in complaints(ranks, parameter_server)[targets.SERVER]
 
 

@@ -26,6 +26,7 @@ SWAPS = 25
 # ------------------------------------------------------------------------------------------------------- contention
 
 
+@pytest.mark.usefixtures("protocol")
 def test_exchanges_lose_and_tear_nothing(world_comm):
     """Every worker swaps a vector of its own, all of one number, with the center, again and again, all at once.
 
@@ -82,6 +83,7 @@ def test_a_lock_is_given_in_the_order_in_which_it_was_asked_for(world_comm):
     ranks.free()
 
 
+@pytest.mark.usefixtures("protocol")
 def test_sums_of_squares_count_every_push_in_one_order(world_comm):
     """Integers: sums are exact, and what each push found before itself are the partial sums of one order."""
     comm = world_comm
@@ -99,16 +101,17 @@ def test_sums_of_squares_count_every_push_in_one_order(world_comm):
     ranks.free()
 
 
+@pytest.mark.usefixtures("protocol")
 def test_dynsgd_scales_by_a_staleness_that_no_other_commit_shares(world_comm, monkeypatch):
     """All commit at once from the same center: numbers tell them apart, and only one of them has staleness 0."""
     comm, rounds, log = world_comm, 40, []
-    commit = Server.commit
+    commit = Server.commit_and_pull
 
-    def logged(server, delta, aim=None, number=None):
-        log.append((number, optimizer._clock, delta[1]))
-        return commit(server, delta, aim, number)
+    def logged(server, delta, out, *, scale, aim, number):
+        log.append((number, optimizer._clock, delta[1] * scale))
+        return commit(server, delta, out, scale=scale, aim=aim, number=number)
 
-    monkeypatch.setattr(Server, "commit", logged)
+    monkeypatch.setattr(Server, "commit_and_pull", logged)
     model = Slope(0)
     optimizer = mpidl.DynSGD(sgd(model, 1.0), model, communication_window=1, comm=comm)
     for _ in range(rounds):

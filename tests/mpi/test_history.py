@@ -19,9 +19,10 @@ SIZES = (2, 4, 8, (2, 2), (6, 2))
 ELEMENTS, EACH = 257, 12  # elements of the center, commits of a worker
 
 
-@pytest.mark.parametrize("locked", [False, True], ids=["commit and pull", "exchange"])
-def test_free_runners(world_comm, locked):
-    comm = world_comm
+@pytest.mark.usefixtures("protocol")
+@pytest.mark.parametrize("way", ["commit, then pull", "commit and pull", "exchange"])
+def test_free_runners(world_comm, way):
+    comm, locked = world_comm, way == "exchange"
     ranks = comm.topology.duplicate("test of histories")
     server = Server(ranks, np.zeros(ELEMENTS), "test", comm.service, Beside(locks=locked))
     shards = tuple(sorted((part.start, part.start + part.count) for part in server._order))
@@ -33,6 +34,9 @@ def test_free_runners(world_comm, locked):
         delta = shape.delta(name)
         if locked:
             number, clock = server.exchange(lambda here, now, delta=delta: now + delta[here], center)
+            commits.append(Commit(comm.rank, name, number, began, time.monotonic()))
+        elif way == "commit and pull":
+            number, clock = server.commit_and_pull(delta, center)
             commits.append(Commit(comm.rank, name, number, began, time.monotonic()))
         else:
             number = server.commit(delta)

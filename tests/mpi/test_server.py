@@ -21,6 +21,7 @@ from mpidl.topology import Topology
 from mpidl.window import Window
 
 WITH_OTHERS = True
+pytestmark = pytest.mark.usefixtures("protocol")
 RANKS = (4, 8)
 SERVERS = (0, 1, 2)
 SIZES = (1, 3, 4, 8, (1, 1), (2, 2), (6, 2))
@@ -54,6 +55,25 @@ def test_committed_integers_add_up_exactly_a_thousand_times(world_comm):
         assert clock == 2 * comm.size * (number + 1)
         assert np.array_equal(out, expected), f"round {number}: {np.flatnonzero(out != expected)[:5]}"
         ranks.barrier("test")  # nobody may begin the next round before all have read
+    close(ranks, server)
+
+
+def test_commits_that_pull_add_up_exactly_and_see_what_they_count(world_comm, protocol):
+    """Every commit adds its worker's number to all elements: a pull holds its own and at least those that it counts."""
+    comm = world_comm
+    ranks, server = server_on(comm)
+    assert server.protocol == protocol
+    out, numbers, own = np.empty(ELEMENTS), [], 0.0
+    for _ in range(FREE_ROUNDS):
+        own += 2.0
+        number, clock = server.commit_and_pull(np.full(ELEMENTS, 4.0), out, scale=0.5)
+        numbers.append(number)
+        assert (out >= 2 * clock).all() and (out >= own).all() and (out <= 2 * FREE_ROUNDS * comm.size).all()
+    ranks.barrier("test")
+    assert server.pull(out) == FREE_ROUNDS * comm.size
+    assert (out == 2 * FREE_ROUNDS * comm.size).all()
+    every = comm.allgather(np.array(numbers))
+    assert np.array_equal(np.sort(np.ravel(every)), np.arange(FREE_ROUNDS * comm.size))
     close(ranks, server)
 
 

@@ -1,0 +1,109 @@
+"""A variable in memory that the ranks of one node share, cut in blocks with a lock each; the passes are made in C.
+
+What a pass does stands in csrc/mpidl_center.h. A rank that dies inside one leaves its block locked: the others find out
+who it was, and nobody goes on with half a block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mpidl import _native, leaving, shared_memory
+from mpidl.errors import ClosedError
+from mpidl.topology import Topology
+
+_BLOCK = 1 << 17  # bytes: with what is added and what is read, three of them stay in a core's cache
+_PATIENCE = 20_000_000  # nanoseconds between two looks at signals and the dead
+
+
+class SharedBlocks:
+    """Equally typed elements, zeros at first, which every rank of a node reads and changes in place.
+
+    Args:
+        ranks: all on one node.
+        count: elements, on all ranks together.
+        dtype: "float32" or "float64".
+        name: for messages.
+        memory: as `map_blocks` gave it.
+    """
+
+    def __init__(self, ranks: Topology, count: int, dtype: str, name: str, memory: Any) -> None:
+        self._ranks, self._name, self._memory = ranks, name, memory
+        self._dtype = np.dtype(dtype)
+        address = int(_native.ffi.cast("uintptr_t", _native.ffi.from_buffer(memory)))
+        block = _BLOCK // self._dtype.itemsize
+        self._center = _native.ffi.new("mpidl_center *", (address, count, block, _native.DTYPES[dtype], os.getpid()))
+        self._token = leaving.opened(f"the shared memory of {name}")
+        self._move = _native.library().mpidl_center_move
+        self.look: Callable[[], None] = lambda: None  # called while this rank waits; raises if another has died
+
+    def add(self, start: int, values: Any, scale: float = 1.0, *, before: Any = None, after: Any = None) -> None:
+        """Adds `values * scale` to the elements from `start` on, each block in one step with what is copied of it.
+
+        Args:
+            start: the first element.
+            values: contiguous, of the variable's dtype.
+            scale: the products are rounded to that dtype.
+            before: receives the elements as they were; None: nothing does.
+            after: likewise, as they are then.
+        """
+        self._pass(start, values.size, values=values, scale=scale, before=before, after=after)
+
+    def replace(self, start: int, values: Any) -> None:
+        """Puts `values` in the place of the elements from `start` on."""
+        self._pass(start, values.size, values=values, replaces=1)
+
+    def read(self, start: int, out: Any) -> None:
+        """Copies the elements from `start` on into `out`."""
+        self._pass(start, out.size, after=out)
+
+    def close(self) -> None:
+        """Gives the memory back; a collective."""
+        if self._center is None:
+            return
+        self._center = None
+        self._ranks.barrier(f"closing the shared memory of {self._name}")
+        self._memory = None
+        leaving.closed(self._token)
+
+    def _pass(
+        self,
+        start: int,
+        count: int,
+        *,
+        values: Any = None,
+        scale: float = 1.0,
+        replaces: int = 0,
+        before: Any = None,
+        after: Any = None,
+    ) -> None:
+        if self._center is None:
+            raise ClosedError(f"the shared memory of {self._name} is not open")
+        given = [one for one in (values, before, after) if one is not None]
+        assert all(one.dtype == self._dtype and one.size == count and one.flags.c_contiguous for one in given)
+        addresses = [0 if one is None else one.ctypes.data for one in (values, before, after)]
+        one = _native.ffi.new("mpidl_pass *", (start, count, *addresses, scale, replaces, 0, 0))
+        while progress := self._move(self._center, one, _PATIENCE):
+            if progress < 0:
+                _native.fail(-progress, "the variable", "the variable", 1.0)
+            self.look()
+
+
+def map_blocks(ranks: Topology, count: int, dtype: str) -> Any:
+    """Maps the memory of so many elements; a collective. None if the ranks do not see the same /dev/shm.
+
+    Raises:
+        SharedMemoryError: there is not enough of it; alike on all ranks.
+    """
+    block = _BLOCK // np.dtype(dtype).itemsize
+    nbytes = _native.library().mpidl_center_nbytes(count, block, _native.DTYPES[dtype])
+    return shared_memory.map_memory(ranks, int(nbytes))
+
+
+def possible(ranks: Topology) -> bool:
+    """Whether these ranks may share a variable: all on one node, and the user lets them."""
+    return shared_memory.wanted() and len(set(ranks.placement.nodes)) == 1
