@@ -45,9 +45,37 @@ def new(layout: Layout, like: torch.Tensor) -> Flat:
     return devices.of(view).pinned(layout.count * dtype.itemsize).view(dtype)
 
 
-def pack(layout: Layout, tensors: list[torch.Tensor]) -> Flat:
-    """Returns the tensors' elements, in C order, in a new flat array; on a device, once its stream has come so far."""
-    flat = new(layout, tensors[0])
+class Memory:
+    """Memory for flat arrays, given again: in a new array each page costs a fault, more than copying it does.
+
+    Args:
+        layout: of all of them.
+        like: a parameter.
+    """
+
+    def __init__(self, layout: Layout, like: torch.Tensor) -> None:
+        self._layout, self._like = layout, like
+        self._spare: list[Flat] = []
+
+    def take(self) -> Flat:
+        """Returns memory as `new` does, with anything in it."""
+        return self._spare.pop() if self._spare else new(self._layout, self._like)
+
+    def give_back(self, *unused: Flat) -> None:
+        """Takes what nobody uses any more; of a device nothing, since copies to it may still be under way."""
+        if arrays.view(self._like).device == "cpu":
+            self._spare.extend(unused)
+
+
+def pack(layout: Layout, tensors: list[torch.Tensor], flat: Flat | None = None) -> Flat:
+    """Returns the tensors' elements, in C order, in a flat array; on a device, once its stream has come so far.
+
+    Args:
+        layout: as `layout_of` gave it.
+        tensors: in its order.
+        flat: where they go, from `new`; None: into a new one.
+    """
+    flat = new(layout, tensors[0]) if flat is None else flat
     if arrays.view(tensors[0]).device == "cpu":
         for tensor, slot in zip(tensors, layout.slots, strict=True):
             packing.pack([_packable(tensor, flat)], flat[slot.offset : slot.offset + slot.count])

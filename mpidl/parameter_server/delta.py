@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from mpidl import flat, state
+from mpidl import state
 from mpidl.flat import Flat
 from mpidl.parameter_server.server import Aim
 from mpidl.parameter_server.worker import Worker
@@ -33,11 +33,15 @@ class DeltaWorker(Worker):
         return 1.0
 
     def _commit(self) -> None:
-        reached = self._flat()
-        delta = self._rule(reached - self._start, self._steps)
-        if not np.isfinite(delta).all():
+        reached, moved = self._flat(), self._memory.take()
+        delta = self._rule(np.subtract(reached, self._start, out=moved), self._steps)
+        if _is_finite(delta):
+            self._send(delta, reached)
+        else:
             self._refuse_commit()
-            return
+        self._memory.give_back(reached, moved)
+
+    def _send(self, delta: Flat, reached: Flat) -> None:
         number = self._server.clock.begin()  # from here on no other commit can come to have the same number
         staleness = number - self._clock
         scale = self._scale(staleness)
@@ -45,7 +49,7 @@ class DeltaWorker(Worker):
         exact = same_dtype and self._commits_the_move(self._steps)
         aim = Aim(self._clock, self._start, reached) if exact else None
         if self._spread is None:  # nobody is waited for between commit and pull
-            pulled = flat.new(self._layout, self._views()[0])
+            pulled = self._memory.take()
             self._pulled = self._server.commit_and_pull(delta, pulled, scale=scale, aim=aim, number=number)[1], pulled
         else:
             self._server.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), aim, number)
@@ -58,3 +62,10 @@ class DeltaWorker(Worker):
         (self._clock, pulled), self._pulled = self._pulled, None
         self.statistics.bytes += pulled.nbytes
         self._start_from(pulled)
+        self._memory.give_back(pulled)
+
+
+def _is_finite(values: Flat) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A finite sum has finite terms; otherwise it may only be too large.
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())

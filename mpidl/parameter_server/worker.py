@@ -76,6 +76,7 @@ class Worker(DistributedOptimizer):
         self.statistics = Statistics()
         self._orders = flat.orders_of(self._held)
         self._layout = flat.layout_of(self._held, self._orders)
+        self._memory = flat.Memory(self._layout, self._held[0][1].detach())
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
         self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
         look = self._server.look
@@ -281,7 +282,8 @@ class Worker(DistributedOptimizer):
         flat.unpack(self._layout, values, self._views())
         # Packed again: what local steps start from is rounded to the model's dtype, and only what they move may be
         # committed.
-        self._start = self._flat()
+        before, self._start = self._start, self._flat()
+        self._memory.give_back(before)
 
     def _like(self, saved: Flat) -> Flat:
         """Returns a copy from which parameters can be unpacked."""
@@ -290,7 +292,7 @@ class Worker(DistributedOptimizer):
         return copied
 
     def _flat(self) -> Flat:
-        return flat.pack(self._layout, self._views())
+        return flat.pack(self._layout, self._views(), self._memory.take())
 
     def _views(self) -> list[torch.Tensor]:
         return flat.views(self._held, self._orders)
