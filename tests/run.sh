@@ -106,7 +106,7 @@ if [ ${#mpis[@]} -gt 1 ]; then
         for file in train_refused launching bench docs train_fashion_mnist; do
             of_second+=("--ignore=tests/programs/test_$file.py")
         done
-        for file in cupy shared_memory helper benchmarks; do of_second+=("--ignore=tests/mpi/test_$file.py"); done
+        for file in cupy shared_memory helper benchmarks family_failures; do of_second+=("--ignore=tests/mpi/test_$file.py"); done
     fi
     set -m # a process group of its own, so that all of it can be ended
     suite "${mpis[1]}" "${of_second[@]}" > "$folder/second.log" 2>&1 &

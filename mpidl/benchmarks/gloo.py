@@ -22,6 +22,14 @@ def available() -> bool:
     return dist.is_available() and dist.is_gloo_available()
 
 
+def free_port(ranks: Together) -> tuple[str, int]:
+    """Returns the loopback's address and a port of it that nobody used a moment ago; a collective."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        host, port = ranks.everywhere(found.getsockname())[0]
+    return host, port
+
+
 @contextmanager
 def process_group(ranks: Together) -> Iterator[None]:
     """torch's default process group exists inside, with MPI's rank numbers; a collective. Nothing without gloo.

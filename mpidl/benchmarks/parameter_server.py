@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from mpidl import runtime
-from mpidl.benchmarks import targets
+from mpidl.benchmarks import masters, targets
+from mpidl.benchmarks.commits import SCALE, Way
 from mpidl.benchmarks.harness import Case, Contender, Field
 from mpidl.benchmarks.ranks import Together
 from mpidl.communicator import Communicator
@@ -22,7 +23,6 @@ from mpidl.parameter_server.sharding import shard
 REFERENCE, RATE = targets.ONE_SIDED, "updates/s"
 _COUNT, _QUICK_COUNT = 25_000_000, 100_000
 _PARAMETERS = 25  # of Downpour's model
-_SCALE = 0.5  # commits are whole numbers after it
 
 
 def fields(ranks: Together, quick: bool) -> Iterator[tuple[Case, AbstractContextManager[Field]]]:
@@ -32,94 +32,61 @@ def fields(ranks: Together, quick: bool) -> Iterator[tuple[Case, AbstractContext
 
 def cases(ranks: int, quick: bool) -> list[Case]:
     count = _QUICK_COUNT if quick else _COUNT
-    return [
-        Case(
-            f"{workers} worker{'s' if workers > 1 else ''}",
-            {"workers": workers, "count": count},
-            workers,
-            least_repeats=2,
-        )
-        for workers in range(1, ranks + 1)
-    ]
+    found = []
+    for workers, master in [(n, False) for n in range(1, ranks + 1)] + [(n, True) for n in range(1, ranks)]:
+        name = f"{workers} worker{'s' if workers > 1 else ''}{' and a master' if master else ''}"
+        parameters = {"workers": workers, "master": master, "count": count}
+        found.append(Case(name, parameters, workers, least_repeats=2))
+    return found
 
 
 @contextmanager
-def _contenders(ranks: Together, workers: int, count: int) -> Iterator[Field]:
-    """The first `workers` ranks work, the others sit out."""
-    part = ranks.raw.Split(0 if ranks.rank < workers else runtime.mpi().UNDEFINED, ranks.rank)
-    if ranks.rank >= workers:
+def _contenders(ranks: Together, workers: int, master: bool, count: int) -> Iterator[Field]:
+    """The first `workers` ranks work, behind one that serves if there is a master; the others sit out."""
+    taking_part = workers + master
+    part = ranks.raw.Split(0 if ranks.rank < taking_part else runtime.mpi().UNDEFINED, ranks.rank)
+    if ranks.rank >= taking_part:
         yield Field(None, ())
         return
     together = Together(Communicator(part))
     with ExitStack() as stack:
-        made = [stack.enter_context(way(together, count)) for way in (_server, _downpour, _one_sided)]
+        ways = (_server, _one_sided) if master else (_server, _downpour, _one_sided)
+        made = [stack.enter_context(way(together, count, 0 if master else 1)) for way in ways]
+        made += stack.enter_context(masters.ways(together, count)) if master else []
         yield Field(together, [Contender(way.name, way.run, way.check) for way in made])
     together.free()
     together.comm.free()
     part.Free()
 
 
-class _Way:
-    """Commits whole numbers that differ by worker and by place to a center of zeros, and knows what it must be."""
-
-    name = ""
-
-    def __init__(self, workers: Together, count: int) -> None:
-        self._workers = workers
-        self._pattern = np.resize(np.arange(1, 14, dtype=np.float32), count)
-        self._commits = 0
-
-    def run(self) -> None:
-        """Commits once and pulls."""
-        self._commits += 1
-        self.exchange()
-
-    def exchange(self) -> None:
-        raise NotImplementedError
-
-    def center(self) -> np.ndarray[Any, Any]:
-        """Returns a copy of the center as it now is."""
-        raise NotImplementedError
-
-    def check(self) -> str:
-        """Compares the center with the sum of all commits so far, when nobody commits; a collective of the workers."""
-        self.run()
-        commits = self._workers.everywhere(self._commits)  # all have landed: each worker flushed its own
-        total = sum((rank + 1) * number for rank, number in enumerate(commits))
-        wrong = np.flatnonzero(self.center() != self._pattern * np.float32(total))
-        self._workers.barrier()  # nobody commits before all have looked
-        return f"{wrong.size} elements of the center miss a commit or hold too much" if wrong.size else ""
-
-
-class _Server(_Way):
+class _Server(Way):
     """What `Server` does for every algorithm."""
 
     name = targets.SERVER
 
-    def __init__(self, workers: Together, count: int) -> None:
-        super().__init__(workers, count)
-        self._moved = self._pattern * ((workers.rank + 1) / _SCALE)
-        self._pulled = np.zeros_like(self._moved)
+    def __init__(self, workers: Together, count: int, first: int) -> None:
+        super().__init__(workers, count, first)
+        self._pulled: NDArray[np.float32] = np.zeros_like(self._moved)
         self.server = Server(workers.comm.topology, np.zeros(count, np.float32), "mpidl bench")
 
     def exchange(self) -> None:
-        self.server.commit_and_pull(self._moved, self._pulled, scale=_SCALE)
+        self.server.commit_and_pull(self._moved, self._pulled, scale=SCALE)
 
-    def center(self) -> np.ndarray[Any, Any]:
+    def center(self) -> NDArray[np.float32]:
         self.server.pull(self._pulled)
         return self._pulled
 
 
-class _OneSided(_Way):
+class _OneSided(Way):
     """The plain calls on a window that is cut in the same shards."""
 
     name = targets.ONE_SIDED
 
-    def __init__(self, workers: Together, count: int) -> None:
-        super().__init__(workers, count)
+    def __init__(self, workers: Together, count: int, first: int) -> None:
+        super().__init__(workers, count, first)
         self._mpi = runtime.mpi()
-        self._moved = self._pattern * ((workers.rank + 1) / _SCALE)
-        self._delta, self._pulled = np.empty_like(self._moved), np.zeros_like(self._moved)
+        self._delta = np.empty_like(self._moved)
+        self._pulled: NDArray[np.float32] = np.zeros_like(self._moved)
         shards = shard(count, workers.size)
         self._order = shards[workers.rank :] + shards[: workers.rank]
         own = shards[workers.rank]
@@ -132,7 +99,7 @@ class _OneSided(_Way):
         workers.barrier()
 
     def exchange(self) -> None:
-        np.multiply(self._moved, np.float32(_SCALE), out=self._delta)
+        np.multiply(self._moved, np.float32(SCALE), out=self._delta)
         for part in self._order:
             piece = [self._delta[part.start : part.start + part.count], self._mpi.FLOAT]
             self.window.Accumulate(piece, part.owner, (0, part.count, self._mpi.FLOAT), self._mpi.SUM)
@@ -145,18 +112,18 @@ class _OneSided(_Way):
             self.window.Get(piece, part.owner, (0, part.count, self._mpi.FLOAT))
         self.window.Flush_all()
 
-    def center(self) -> np.ndarray[Any, Any]:
+    def center(self) -> NDArray[np.float32]:
         self._pull()
         return self._pulled
 
 
-class _Downpour(_Way):
+class _Downpour(Way):
     """The whole exchange of an optimiser: a local SGD step, packing, commit, pull, unpacking."""
 
     name = targets.DOWNPOUR
 
-    def __init__(self, workers: Together, count: int) -> None:
-        super().__init__(workers, count)
+    def __init__(self, workers: Together, count: int, first: int) -> None:
+        super().__init__(workers, count, first)
         model = nn.Module()
         model.weights = nn.ParameterList(nn.Parameter(torch.zeros(count // _PARAMETERS)) for _ in range(_PARAMETERS))
         for number, weight in enumerate(model.weights):
@@ -168,27 +135,27 @@ class _Downpour(_Way):
     def exchange(self) -> None:
         self.optimizer.step()
 
-    def center(self) -> np.ndarray[Any, Any]:
+    def center(self) -> NDArray[np.float32]:
         return np.concatenate([weight.numpy() for weight in self.optimizer.center()[1].values()])
 
 
 @contextmanager
-def _server(workers: Together, count: int) -> Iterator[_Way]:
-    way = _Server(workers, count)
+def _server(workers: Together, count: int, first: int) -> Iterator[Way]:
+    way = _Server(workers, count, first)
     yield way
     way.server.close()
 
 
 @contextmanager
-def _downpour(workers: Together, count: int) -> Iterator[_Way]:
-    way = _Downpour(workers, count)
+def _downpour(workers: Together, count: int, first: int) -> Iterator[Way]:
+    way = _Downpour(workers, count, first)
     yield way
     way.optimizer.finish()
 
 
 @contextmanager
-def _one_sided(workers: Together, count: int) -> Iterator[_Way]:
-    way = _OneSided(workers, count)
+def _one_sided(workers: Together, count: int, first: int) -> Iterator[Way]:
+    way = _OneSided(workers, count, first)
     yield way
     way.window.Flush_all()
     way.window.Unlock_all()

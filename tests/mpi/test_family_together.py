@@ -1,7 +1,4 @@
-"""The family under contention, the bound of SSP, warm starts; and what makes asynchronous training fail, with its cure.
-
-Failures and cures run in turns, so that staleness is exactly n - 1 and the bounds of theory can be held to.
-"""
+"""The family under contention, the bound of SSP, warm starts."""
 
 from __future__ import annotations
 
@@ -10,12 +7,10 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from family_helpers import ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, in_turns, one_step, sgd, weight
+from family_helpers import ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, one_step, sgd, weight
 
 import mpidl
 from mpidl.parameter_server import clock as clocks
-from mpidl.parameter_server import gem
 from mpidl.parameter_server.server import Beside, Server
 
 WITH_OTHERS = True
@@ -241,108 +236,3 @@ def test_a_leader_that_ends_early_lets_the_others_begin(world_comm):
         for _ in range(2 if comm.rank == 0 else 4):
             one_step(model, optimizer)
     assert optimizer.statistics.commits == (2 if comm.rank == 0 else 4)
-
-
-# --------------------------------------------------------------------------------------------------- failure, and cure
-
-
-def far(comm, kind, rounds, lr, window=1, **given):
-    """Trains a bowl with its minimum at 0 in turns, one exchange a turn; returns how far from it the center ended."""
-    model = Bowl(np.ones(3))
-    optimizer = kind(sgd(model, lr), model, communication_window=window, comm=comm, **given)
-    for _ in range(rounds):
-        for turn in range(comm.size):
-            if turn == comm.rank:
-                for _ in range(window):
-                    one_step(model, optimizer)
-            comm.barrier()
-    found = float(abs(center_of(optimizer)).max())
-    comm.barrier()
-    optimizer.finish()
-    return found
-
-
-def test_the_delay_bound_of_theory_is_where_downpour_fails(world_comm):
-    """x' = x - a * x[n - 1 steps before] is stable below a = 2 sin(pi / (4 n - 2))."""
-    bound = 2 * math.sin(math.pi / (4 * world_comm.size - 2))
-    assert far(world_comm, mpidl.Downpour, 60, 0.85 * bound) < 0.1
-    assert far(world_comm, mpidl.Downpour, 60, 1.15 * bound) > 2
-
-
-def test_downpour_diverges_with_long_windows_and_agn_and_dynsgd_do_not(world_comm):
-    """Five steps of rate 1/2 reach the minimum almost: a = 1 - 2^-5, beyond the bound of two workers and more."""
-    assert far(world_comm, mpidl.Downpour, 16, 0.5, window=5) > 10
-    assert far(world_comm, mpidl.AGN, 16, 0.5, window=5) < 0.3
-    assert far(world_comm, mpidl.DynSGD, 16, 0.5, window=5) < 0.3
-
-
-def test_an_elastic_exchange_that_is_not_one_step_diverges(world_comm, monkeypatch):
-    """All pull before any commits, as a server with separate calls allows: alpha acts like n * alpha."""
-    comm = world_comm
-
-    def apart(server, change, out):
-        number, clock = server.clock.begin(), server.pull(out)
-        before = out.copy()
-        for part in server._order:
-            here = slice(part.start, part.start + part.count)
-            if part.count:
-                out[here] = change(here, out[here])
-        comm.barrier()  # all have pulled
-        server.commit(out - before, number=number)
-        comm.barrier()
-        return number, clock
-
-    def together():
-        model = Bowl(np.arange(1.0, 4.0) * (1 + comm.rank))
-        optimizer = mpidl.AEASGD(sgd(model, 0.1), model, communication_window=1, rho=5.0, learning_rate=0.16, comm=comm)
-        with torch.no_grad():
-            model.weight.mul_(1 + comm.rank)  # not all the same distance from the center
-        for _ in range(40):
-            one_step(model, optimizer)
-            comm.barrier()
-        found = float(abs(center_of(optimizer)).max())
-        comm.barrier()
-        optimizer.finish()
-        return found
-
-    assert together() < 1
-    monkeypatch.setattr(Server, "exchange", apart)
-    assert together() > 100
-
-
-@pytest.mark.parametrize(("factor", "stable"), [(0.9, True), (1.1, False)])
-def test_elastic_averaging_of_one_worker_is_stable_up_to_the_paper_s_alpha(world_comm, factor, stable):
-    """(4 - 2 eta) / (4 - eta) for a curvature of 1; exact for one worker, who is here each rank by itself."""
-    comm, eta = world_comm, 1.5
-    alpha = factor * (4 - 2 * eta) / (4 - eta)
-    model = Bowl(np.ones(3))
-    optimizer = mpidl.AEASGD(sgd(model, eta), model, communication_window=1, rho=alpha, learning_rate=1.0, comm=comm)
-    if comm.rank == 0:
-        for _ in range(150):
-            one_step(model, optimizer)
-        assert (abs(center_of(optimizer)).max() < 0.05) == stable
-        assert (abs(center_of(optimizer)).max() > 10) == (not stable)
-    comm.barrier()
-    optimizer.finish()
-
-
-def test_gem_without_its_lower_clamp_diverges(world_comm, monkeypatch):
-    """With noise in the gradients |theta - s| is often larger than |m|: a negative pi walks uphill."""
-
-    def end(comm):
-        model = Bowl(np.ones(5))
-        noise = torch.Generator().manual_seed(comm.rank)
-        optimizer = mpidl.GEM(sgd(model, 0.1, momentum=0.9), model, comm=comm)
-        for _ in range(80):
-            model.target = torch.randn(5, generator=noise, dtype=torch.float64)
-            in_turns(comm, model, optimizer, 1)
-            if abs(weight(model)).max() > 1e6:
-                model.h = 0.0  # far enough
-        found = comm.allreduce(torch.tensor([abs(center_of(optimizer)).max()]), "max").item()
-        comm.barrier()
-        optimizer.finish()
-        return found
-
-    assert end(world_comm) < 3
-    monkeypatch.setattr(gem, "_CLAMP", (-math.inf, 5.0))
-    assert end(world_comm) > 1000

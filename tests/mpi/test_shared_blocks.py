@@ -1,0 +1,82 @@
+"""A variable in shared memory, seen from its ranks: who waits for a lock can be reached, refusals are sentences."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mpidl import shared_memory
+from mpidl.errors import ClosedError, RankFailedError, SharedMemoryError
+from mpidl.window import Plan
+
+WITH_OTHERS = True
+COUNT = 100_000  # elements: seven blocks of 128 KiB, the last one not full
+SOMEBODY = 4711  # a process that holds a lock
+
+
+@pytest.fixture
+def blocks(world_comm):
+    comm = world_comm
+    if len(set(comm.topology.placement.nodes)) > 1:
+        pytest.skip("ranks of several nodes share no memory")
+    ranks = comm.topology.duplicate("test of the blocks")
+    made = Plan("a variable", "float64", (COUNT,) + (0,) * (comm.size - 1), COUNT).make(ranks)
+    yield made
+    made.close()
+    ranks.free()
+
+
+def first_lock(blocks):
+    return ctypes.c_uint32.from_address(blocks._center.memory)
+
+
+def test_who_waits_for_a_lock_looks_around_and_goes_on_when_it_is_free(world_comm, blocks):
+    looks, out = [], np.empty(COUNT)
+    if world_comm.rank == 0:
+        first_lock(blocks).value = SOMEBODY
+    world_comm.barrier()
+    blocks.look = lambda: looks.append(time.monotonic())
+    freed = threading.Timer(0.15, lambda: setattr(first_lock(blocks), "value", 0))
+    if world_comm.rank == 0:
+        freed.start()
+    blocks.add(0, np.full(COUNT, world_comm.rank + 1.0), after=out)
+    assert len(looks) >= 3
+    world_comm.barrier()
+    blocks.read(0, out)
+    assert (out == sum(range(1, world_comm.size + 1))).all()
+
+
+def test_a_lock_whose_holder_has_died_ends_the_wait(world_comm, blocks):
+    """Its mark is never taken away by others: what it guards may be changed by half."""
+
+    def dead():
+        raise RankFailedError("planted")
+
+    first_lock(blocks).value = SOMEBODY
+    blocks.look = dead
+    with pytest.raises(RankFailedError, match="planted"):
+        blocks.read(10, np.empty(5))
+    assert first_lock(blocks).value == SOMEBODY
+    world_comm.barrier()
+    blocks.read(COUNT - 5, np.empty(5))  # other blocks are free
+    world_comm.barrier()
+    first_lock(blocks).value = 0
+    world_comm.barrier()
+
+
+def test_too_little_memory_is_a_sentence_on_every_rank(world_comm):
+    if len(set(world_comm.topology.placement.nodes)) > 1:
+        pytest.skip("ranks of several nodes share no memory")
+    count = 1 << 48
+    with pytest.raises(SharedMemoryError, match=f"{shared_memory.FOLDER} has no room for the"):
+        Plan("a variable", "float64", (0,) * world_comm.size, count).make(world_comm.topology)
+
+
+def test_what_is_closed_says_so(world_comm, blocks):
+    blocks.close()
+    with pytest.raises(ClosedError, match="the shared memory of a variable is not open"):
+        blocks.read(0, np.empty(1))
