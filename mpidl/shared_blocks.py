@@ -7,6 +7,7 @@ who it was, and nobody goes on with half a block.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from mpidl.topology import Topology
 
 _BLOCK = 1 << 17  # bytes: with what is added and what is read, three of them stay in a core's cache
 _PATIENCE = 20_000_000  # nanoseconds between two looks at signals and the dead
+_SAY_AFTER = 10.0  # seconds
 
 
 class SharedBlocks:
@@ -87,10 +89,19 @@ class SharedBlocks:
         assert all(one.dtype == self._dtype and one.size == count and one.flags.c_contiguous for one in given)
         addresses = [0 if one is None else one.ctypes.data for one in (values, before, after)]
         one = _native.ffi.new("mpidl_pass *", (start, count, *addresses, scale, replaces, 0, 0))
+        since, done, said = time.monotonic(), -1, False
         while progress := self._move(self._center, one, _PATIENCE):
             if progress < 0:
                 _native.fail(-progress, "the variable", "the variable", 1.0)
             self.look()
+            if one.done != done:
+                since, done = time.monotonic(), one.done
+            elif not said and time.monotonic() - since > _SAY_AFTER:
+                said = True
+                leaving.say(
+                    f"rank {self._ranks.rank} has waited {_SAY_AFTER:g} s for process {one.waits_for}, which holds a "
+                    f"part of {self._name}: is it stopped?"
+                )
 
 
 def map_blocks(ranks: Topology, count: int, dtype: str) -> Any:

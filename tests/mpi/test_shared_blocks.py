@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from mpidl import shared_memory
+from mpidl import leaving, shared_blocks, shared_memory
 from mpidl.errors import ClosedError, RankFailedError, SharedMemoryError
 from mpidl.window import Plan
 
@@ -34,8 +34,10 @@ def first_lock(blocks):
     return ctypes.c_uint32.from_address(blocks._center.memory)
 
 
-def test_who_waits_for_a_lock_looks_around_and_goes_on_when_it_is_free(world_comm, blocks):
-    looks, out = [], np.empty(COUNT)
+def test_who_waits_for_a_lock_looks_around_says_so_and_goes_on(world_comm, blocks, monkeypatch):
+    looks, said, out = [], [], np.empty(COUNT)
+    monkeypatch.setattr(shared_blocks, "_SAY_AFTER", 0.05)
+    monkeypatch.setattr(leaving, "say", said.append)
     if world_comm.rank == 0:
         first_lock(blocks).value = SOMEBODY
     world_comm.barrier()
@@ -45,6 +47,7 @@ def test_who_waits_for_a_lock_looks_around_and_goes_on_when_it_is_free(world_com
         freed.start()
     blocks.add(0, np.full(COUNT, world_comm.rank + 1.0), after=out)
     assert len(looks) >= 3
+    assert len(said) == 1 and f"for process {SOMEBODY}, which holds a part of a variable: is it stopped?" in said[0]
     world_comm.barrier()
     blocks.read(0, out)
     assert (out == sum(range(1, world_comm.size + 1))).all()
