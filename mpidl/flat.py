@@ -50,21 +50,25 @@ class Memory:
 
     Args:
         layout: of all of them.
-        like: a parameter.
     """
 
-    def __init__(self, layout: Layout, like: torch.Tensor) -> None:
-        self._layout, self._like = layout, like
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._spare: list[Flat] = []
 
-    def take(self) -> Flat:
-        """Returns memory as `new` does, with anything in it."""
-        return self._spare.pop() if self._spare else new(self._layout, self._like)
+    def take(self, like: torch.Tensor) -> Flat:
+        """Returns memory as `new` does, with anything in it; `like`: a parameter, where it lies now."""
+        self._keep_for(like)
+        return self._spare.pop() if self._spare else new(self._layout, like)
 
-    def give_back(self, *unused: Flat) -> None:
+    def give_back(self, like: torch.Tensor, *unused: Flat) -> None:
         """Takes what nobody uses any more; of a device nothing, since copies to it may still be under way."""
-        if arrays.view(self._like).device == "cpu":
-            self._spare.extend(unused)
+        self._spare.extend(unused)
+        self._keep_for(like)
+
+    def _keep_for(self, like: torch.Tensor) -> None:
+        if arrays.view(like).device != "cpu":
+            self._spare.clear()
 
 
 def pack(layout: Layout, tensors: list[torch.Tensor], flat: Flat | None = None) -> Flat:

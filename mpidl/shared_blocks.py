@@ -6,6 +6,7 @@ who it was, and nobody goes on with half a block.
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -112,9 +113,9 @@ def map_blocks(ranks: Topology, count: int, dtype: str) -> Any:
     """
     block = _BLOCK // np.dtype(dtype).itemsize
     nbytes = _native.library().mpidl_center_nbytes(count, block, _native.DTYPES[dtype])
-    return shared_memory.map_memory(ranks, int(nbytes))
+    return shared_memory.map_memory(ranks, int(nbytes)) if ranks.size > 1 else mmap.mmap(-1, int(nbytes))
 
 
 def possible(ranks: Topology) -> bool:
-    """Whether these ranks may share a variable: all on one node, and the user lets them."""
-    return shared_memory.wanted() and len(set(ranks.placement.nodes)) == 1
+    """Whether these ranks can share a variable: all are on one node."""
+    return len(set(ranks.placement.nodes)) == 1

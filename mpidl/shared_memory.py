@@ -12,7 +12,10 @@ import mmap
 import os
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from mpidl import _native, _node, leaving
 from mpidl.errors import ArgumentError, SharedMemoryError
@@ -55,6 +58,29 @@ def wanted() -> bool:
     if text not in ("", "0", "1"):
         raise ArgumentError(f"{SWITCH}={text!r}: expected 0 (ranks of a node exchange all data by MPI) or 1")
     return text != "0"
+
+
+def all_want_it(ranks: Topology, wish: Callable[[], bool] = wanted) -> bool:
+    """Whether memory is to be shared, alike on every rank, although users may set ranks' environments apart.
+
+    Args:
+        ranks: a collective of all of them.
+        wish: this rank's.
+
+    Raises:
+        ArgumentError: some rank's setting makes no sense.
+    """
+    error = None
+    try:
+        mine = int(wish())
+    except ArgumentError as found:
+        mine, error = -1, found
+    wishes = ranks.gather_words(np.array([mine], np.int64), "agreeing to share memory")[:, 0]
+    if error is not None:
+        raise error
+    if (wishes < 0).any():
+        raise ArgumentError(f"rank {int(wishes.argmin())} refused its {SWITCH}; see what it says")
+    return bool(wishes.all())
 
 
 def make_segment(ranks: Topology, *, small: int = _SMALL, piece: int | None = None) -> Segment | None:

@@ -25,7 +25,6 @@ from mpidl.collectives.quick import Quick
 from mpidl.collectives.sources import Source
 from mpidl.collectives.steps import Driven, Steps
 from mpidl.collectives.wires import Exchange
-from mpidl.errors import ArgumentError
 from mpidl.topology import Topology
 from mpidl.transfer import carry_out
 
@@ -62,7 +61,9 @@ class Collectives:
         self.lanes: Lanes | None = None
         self.quick: Quick | None = None
         self.forced, self.wire_dtype = "", wire_dtype
-        if shared_memory.possible(topology) and _all_want_it(topology, directly):
+        if shared_memory.possible(topology) and shared_memory.all_want_it(
+            topology, lambda: shared_memory.wanted() and not (directly and cuda_aware.wished())
+        ):
             self._share(helper)
         if len(set(topology.placement.nodes)) > 1:
             costs.link_of(topology)  # now, since it is a collective
@@ -259,25 +260,6 @@ class _SumByMPI(Driven):
     ) -> None:
         super().__init__(_sum_by_mpi(topology, send, receive, divisor))
         self.finite, self.seconds = finite, (packing, 0.0)
-
-
-def _all_want_it(topology: Topology, directly: bool) -> bool:
-    """Whether memory is to be shared, alike on every rank, although users may set ranks' environments apart.
-
-    Raises:
-        ArgumentError: some rank's setting makes no sense.
-    """
-    error = None
-    try:
-        wish = int(shared_memory.wanted() and not (directly and cuda_aware.wished()))
-    except ArgumentError as found:
-        wish, error = -1, found
-    wishes = topology.gather_words(np.array([wish], np.int64), "agreeing to share memory")[:, 0]
-    if error is not None:
-        raise error
-    if (wishes < 0).any():
-        raise ArgumentError(f"rank {int(wishes.argmin())} refused its {shared_memory.SWITCH}; see what it says")
-    return bool(wishes.all())
 
 
 def _sum_by_mpi(topology: Topology, send: ArrayView, receive: ArrayView, divisor: int) -> Steps:

@@ -33,13 +33,13 @@ class DeltaWorker(Worker):
         return 1.0
 
     def _commit(self) -> None:
-        reached, moved = self._flat(), self._memory.take()
+        reached, moved = self._flat(), self._memory.take(self._views()[0])
         delta = self._rule(np.subtract(reached, self._start, out=moved), self._steps)
         if _is_finite(delta):
             self._send(delta, reached)
         else:
             self._refuse_commit()
-        self._memory.give_back(reached, moved)
+        self._memory.give_back(self._views()[0], reached, moved)
 
     def _send(self, delta: Flat, reached: Flat) -> None:
         number = self._server.clock.begin()  # from here on no other commit can come to have the same number
@@ -49,7 +49,7 @@ class DeltaWorker(Worker):
         exact = same_dtype and self._commits_the_move(self._steps)
         aim = Aim(self._clock, self._start, reached) if exact else None
         if self._spread is None:  # nobody is waited for between commit and pull
-            pulled = self._memory.take()
+            pulled = self._memory.take(self._views()[0])
             self._pulled = self._server.commit_and_pull(delta, pulled, scale=scale, aim=aim, number=number)[1], pulled
         else:
             self._server.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), aim, number)
@@ -62,7 +62,7 @@ class DeltaWorker(Worker):
         (self._clock, pulled), self._pulled = self._pulled, None
         self.statistics.bytes += pulled.nbytes
         self._start_from(pulled)
-        self._memory.give_back(pulled)
+        self._memory.give_back(self._views()[0], pulled)
 
 
 def _is_finite(values: Flat) -> bool:

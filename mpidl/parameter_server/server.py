@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpidl import shared_blocks
+from mpidl import shared_blocks, shared_memory
 from mpidl.flat import Flat
 from mpidl.parameter_server import sharded_array
 from mpidl.parameter_server.clock import Clock
@@ -73,8 +73,8 @@ class Server:
         first = ranks.rank % len(shards)
         self._order = shards[first:] + shards[:first]
         clock = Clock.plan(name, size, owners.start, ranks.size)
-        shared = shared_blocks.possible(service.whole if service is not None else ranks)
-        self.protocol = "node" if shared else "rma"
+        everyone = service.whole if service is not None else ranks
+        shared = shared_blocks.possible(everyone) and shared_memory.all_want_it(ranks)
         center = plan_of(f"the center of {name}", initial.dtype.name, shards, size, shared=shared)
         locks = [Locks.plan(name, size, owners)] if beside.locks else []
         sums = [plan_of(f"the sums of {name}", initial.dtype.name, shards, size, shared=shared)] if beside.sums else []
@@ -92,6 +92,11 @@ class Server:
         ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
         held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
         self._progress = start_progress(self._ranks, name) if held else None
+
+    @property
+    def protocol(self) -> str:
+        """Returns "node" or "rma"."""
+        return "node" if isinstance(self._center, SharedArray) else "rma"
 
     def commit(self, delta: Flat, aim: Aim | None = None, number: int | None = None) -> int:
         """Adds `delta` to the center and returns the commit's number: how many commits began before it.

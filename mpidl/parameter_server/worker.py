@@ -76,7 +76,7 @@ class Worker(DistributedOptimizer):
         self.statistics = Statistics()
         self._orders = flat.orders_of(self._held)
         self._layout = flat.layout_of(self._held, self._orders)
-        self._memory = flat.Memory(self._layout, self._held[0][1].detach())
+        self._memory = flat.Memory(self._layout)
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
         self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
         look = self._server.look
@@ -219,6 +219,7 @@ class Worker(DistributedOptimizer):
             self._replay.close()
         self._last_own, self._last_sums = self._own(), self._server.sums()
         self._last = self._pull()
+        self._memory = flat.Memory(self._layout)  # what was kept goes
         self._server.close()
 
     # What algorithms share.
@@ -280,10 +281,9 @@ class Worker(DistributedOptimizer):
     def _start_from(self, values: Flat) -> None:
         """Gives the local parameters these values; `values` must come from `flat.new` or `flat.pack`."""
         flat.unpack(self._layout, values, self._views())
-        # Packed again: what local steps start from is rounded to the model's dtype, and only what they move may be
-        # committed.
+        # Packed again: local steps start from what is rounded to the model's dtype; only what they move is committed.
         before, self._start = self._start, self._flat()
-        self._memory.give_back(before)
+        self._memory.give_back(self._views()[0], before)
 
     def _like(self, saved: Flat) -> Flat:
         """Returns a copy from which parameters can be unpacked."""
@@ -292,7 +292,8 @@ class Worker(DistributedOptimizer):
         return copied
 
     def _flat(self) -> Flat:
-        return flat.pack(self._layout, self._views(), self._memory.take())
+        views = self._views()
+        return flat.pack(self._layout, views, self._memory.take(views[0]))
 
     def _views(self) -> list[torch.Tensor]:
         return flat.views(self._held, self._orders)

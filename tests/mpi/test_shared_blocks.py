@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from mpidl import leaving, shared_blocks, shared_memory
-from mpidl.errors import ClosedError, RankFailedError, SharedMemoryError
+from mpidl.errors import ArgumentError, ClosedError, RankFailedError, SharedMemoryError
+from mpidl.parameter_server.server import Server
 from mpidl.window import Plan
 
 WITH_OTHERS = True
+SIZES = (1,)
 COUNT = 100_000  # elements: seven blocks of 128 KiB, the last one not full
 SOMEBODY = 4711  # a process that holds a lock
 
@@ -77,6 +79,29 @@ def test_too_little_memory_is_a_sentence_on_every_rank(world_comm):
     count = 1 << 48
     with pytest.raises(SharedMemoryError, match=f"{shared_memory.FOLDER} has no room for the"):
         Plan("a variable", "float64", (0,) * world_comm.size, count).make(world_comm.topology)
+
+
+def protocol_of(ranks):
+    server = Server(ranks, np.zeros(COUNT), "test")
+    out = np.empty(COUNT)
+    server.commit_and_pull(np.ones(COUNT), out)
+    protocol = server.protocol
+    server.close()
+    return protocol
+
+
+def test_a_setting_on_one_rank_only_holds_for_all(world_comm, monkeypatch):
+    last = world_comm.rank == world_comm.size - 1
+    monkeypatch.setenv(shared_memory.SWITCH, "0" if last else "1")
+    assert protocol_of(world_comm.topology) == "rma"
+    monkeypatch.setenv(shared_memory.SWITCH, "yes" if last else "1")
+    with pytest.raises(ArgumentError, match="expected 0" if last else f"rank {world_comm.size - 1} refused its"):
+        protocol_of(world_comm.topology)
+
+
+def test_one_rank_needs_nothing_that_has_a_size(comm, monkeypatch):
+    monkeypatch.setattr(shared_memory, "map_memory", lambda *_: pytest.fail("/dev/shm was used"))
+    assert protocol_of(comm.topology) == "node"
 
 
 def test_what_is_closed_says_so(world_comm, blocks):
