@@ -20,7 +20,10 @@ CONTENDERS = {
         *("mpidl.Synchronous", "mpidl.Synchronous, shard=True", "torch DDP/gloo", "independent trainers"),
         *("allreduce + fused SGD", "reduce + update, shard=True"),
     },
-    "parameter-server": {"mpidl commit + pull", "mpidl.Downpour step", "scale + MPI_Accumulate + MPI_Get"},
+    "parameter-server": {
+        *("mpidl commit + pull", "mpidl.Downpour step", "scale + MPI_Accumulate + MPI_Get"),
+        *("scale + MPI_Send + MPI_Recv", "scale + torch RPC"),
+    },
 }
 
 
