@@ -103,6 +103,10 @@ def main() -> None:
     parser.add_argument("algorithms", nargs="*", default=ALGORITHMS, help="names of mpidl's classes [default: all]")
     parser.add_argument("--repeats", type=int, default=3, help="runs; the median counts [default: %(default)s]")
     given = parser.parse_args()
+    if unknown := sorted(set(given.algorithms) - set(ALGORITHMS)):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(ALGORITHMS)}")
+    if given.repeats < 1:
+        parser.error(f"--repeats must be at least 1, found {given.repeats}")
     torch.set_num_threads(1)
     comm, said, counts = mpidl.world(), [], []
     for name in given.algorithms:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,7 @@ from mpidl.benchmarks.ranks import Together
 SCALE = 0.5  # commits are whole numbers after it
 
 
-class Way:
+class Way(ABC):
     """Commits whole numbers that differ by worker and by place to a center of zeros, and knows what it must be."""
 
     name = ""
@@ -30,15 +32,16 @@ class Way:
         else:
             self.serve()
 
+    @abstractmethod
     def exchange(self) -> None:
-        raise NotImplementedError
+        """Commits and pulls."""
 
-    def serve(self) -> None:
+    def serve(self) -> None:  # noqa: B027  # most ways need nobody who serves
         """Does what the others need to exchange once each."""
 
+    @abstractmethod
     def center(self) -> NDArray[np.float32]:
         """Returns a copy of the center as it now is."""
-        raise NotImplementedError
 
     def check(self) -> str:
         """Compares the center with the sum of all commits so far, when nobody commits; a collective of the workers."""

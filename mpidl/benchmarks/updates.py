@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ def contenders(ranks: Together, work: Work) -> Iterator[list[Contender]]:
     sharded.optimizer.finish()
 
 
-class _Update:
+class _Update(ABC):
     """One way; the gradients are the same in every step, and differ by rank."""
 
     name: str
@@ -52,8 +53,9 @@ class _Update:
         self._steps += 1
         self._run()
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """Reduces and updates."""
 
     def _weights(self) -> np.ndarray[Any, Any]:
         return np.concatenate([p.detach().numpy().ravel() for p in self._parameters])

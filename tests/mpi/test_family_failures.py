@@ -29,8 +29,13 @@ def far(comm, kind, rounds, lr, window=1, momentum=0.0, **given):
                 for _ in range(window):
                     one_step(model, optimizer)
             comm.barrier()
+    return ended(comm, optimizer)
+
+
+def ended(comm, optimizer):
+    """Ends training when all have come so far; returns how far from 0 the center is."""
     found = float(abs(center_of(optimizer)).max())
-    comm.barrier()
+    comm.barrier()  # all have read it: who finishes may commit a tail
     optimizer.finish()
     return found
 
@@ -73,10 +78,7 @@ def test_an_elastic_exchange_that_is_not_one_step_diverges(world_comm, monkeypat
         for _ in range(40):
             one_step(model, optimizer)
             comm.barrier()
-        found = float(abs(center_of(optimizer)).max())
-        comm.barrier()
-        optimizer.finish()
-        return found
+        return ended(comm, optimizer)
 
     assert together() < 1
     monkeypatch.setattr(Server, "exchange", apart)
