@@ -27,6 +27,7 @@ _TEXT = 496  # bytes
 _NOTICE = struct.Struct(f"<qq{_TEXT}s")
 _TAG = 7
 _PAUSES = (0.001, 0.05)  # seconds between two looks at who has left: at first, and at most
+_GRACE = 30.0  # seconds for the last barrier: a rank killed in it leaves the others waiting
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 _lasting: list[Channel] = []
 
@@ -128,12 +129,22 @@ class Channel:
             self._notify(LEFT, self.sequence, "")
 
     def alone(self) -> bool:
-        """Takes in what has arrived; returns whether every peer has left, or one is gone without having done so."""
-        if self._comm is None or self._mpi.Is_finalized():
-            return True
-        self.receive("")
-        staying = [rank for rank in range(self._comm.size) if rank != self._comm.rank and not self.has_left(rank)]
+        """Returns whether every peer has left, as far as was taken in, or one is gone without having done so."""
+        staying = self._staying()
         return not staying or not all(self._processes[rank].alive() for rank in staying if self._processes)
+
+    def close_together(self) -> Any | None:
+        """Returns a request that is complete when every peer has taken in all that this rank ever sent.
+
+        None where not all have left: a peer that is gone without a word would never join in.
+        """
+        ended = self._comm is None or self._mpi.Is_finalized()
+        return None if ended or self._staying() else self._comm.Ibarrier()
+
+    def _staying(self) -> list[int]:
+        if self._comm is None or self._mpi.Is_finalized():
+            return []
+        return [rank for rank in range(self._comm.size) if rank != self._comm.rank and not self.has_left(rank)]
 
     def ask_to_stop(self, ranks: Iterable[int]) -> None:
         """Passes on to `ranks`, as far as they are there, that this one was asked to stop."""
@@ -259,14 +270,26 @@ def leave_all() -> None:
 
     The others may go on for hours without this rank. It waits here rather than in MPI's own end, where no signal gets
     through; if one of them dies it waits no longer.
+
+    All channels are looked at all the time. A goodbye that nobody takes in is more than some networks keep: libfabric's
+    tcp holds back all that comes behind some sixty of them. That everybody else's have come does not say that one's
+    own have arrived, and MPICH drops, when it ends, what its network has not yet taken: hence the barrier.
     """
     for channel in sorted(_channels, key=lambda one: one in _lasting):  # there last: then all has been said
         channel.leave()
+    _look_until(lambda: all(channel.alone() for channel in _lasting))  # of the others some may have let go silently
+    requests = [request for channel in _lasting if (request := channel.close_together()) is not None]
+    end = time.monotonic() + _GRACE
+    _look_until(lambda: all(request.Test() for request in requests) or time.monotonic() > end)
+
+
+def _look_until(done: Callable[[], bool]) -> None:
     pause = _PAUSES[0]
-    while not all(channel.alone() for channel in _lasting):  # of the others some rank may have let go without a word
+    receive_all("")
+    while not done():
         time.sleep(pause)
         pause = min(1.5 * pause, _PAUSES[1])
-    receive_all("")
+        receive_all("")
 
 
 leaving.before_quiet_leave(leave_all)

@@ -1,4 +1,4 @@
-"""Files of tests/mpi on two nodes, in the ranks that srun starts: the one-sided server, its family, collectives."""
+"""Files of tests/mpi on two nodes, in the ranks srun starts: the server, its family, collectives; how they leave."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mpidl.cli.launcher import slurm_plugin
 
 pytestmark = pytest.mark.slurm
 RANKS = 4
+SRUN = ["srun", f"--mpi={slurm_plugin()}", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
 COUNTING = [
     "test_committed_integers_add_up_exactly_a_thousand_times",
     "test_commit_numbers_and_clocks_while_all_run_free",
@@ -47,16 +48,21 @@ def test_synchronous_across_nodes(cluster: Cluster) -> None:
         assert {Path(name.partition("::")[0]).name for name in passed} == set(files)
 
 
+def test_a_rank_that_comes_late_to_the_end_lets_all_leave(cluster: Cluster) -> None:
+    late = str(Path(__file__).with_name("late_job.py"))
+    done = cluster.run([*SRUN, "timeout", "60", "python", late])
+    assert (done.returncode, done.stdout.count("leaves")) == (0, RANKS), done.stdout + done.stderr
+
+
 def in_ranks(
     cluster: Cluster, name: str, files: list[str], arguments: list[str] | None = None, env: dict[str, str] | None = None
 ) -> list[list[str]]:
     """Runs files of tests/mpi in four ranks on two nodes; returns the names of the tests that passed, by rank."""
     folder = cluster.folder / name  # a node's own /tmp would not do
     folder.mkdir()
-    ranks = ["srun", f"--mpi={slurm_plugin()}", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
     program = ["python", str(ROOT / "tests" / "rank_main.py"), *(str(ROOT / "tests" / "mpi" / file) for file in files)]
     own = {FOLDER: str(folder), RANKS_VARIABLE: str(RANKS), "MPIDL_TESTS_LIMIT": str(TIME_LIMIT)}
-    done = cluster.run([*ranks, *program, *(arguments or [])], env={**own, **(env or {})})
+    done = cluster.run([*SRUN, *program, *(arguments or [])], env={**own, **(env or {})})
     assert done.returncode == 0, done.stdout + done.stderr + report(folder)
     found = []
     for rank in range(RANKS):
