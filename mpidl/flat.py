@@ -5,6 +5,7 @@ On a device all parameters of a dtype are packed by one launch straight into pin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from mpidl import arrays, devices, packing, state
 from mpidl.layout import Layout, Slot, Tensor, lay_out
 
 Flat = np.ndarray[Any, Any]  # one-dimensional: parameters one behind the other, or something laid out like them
+
+_PIECE = 1 << 15  # elements that several steps are made on while a core's cache holds them
 
 
 def orders_of(named: state.Named) -> list[tuple[int, ...]]:
@@ -108,6 +111,53 @@ def unpack(layout: Layout, flat: Flat, tensors: list[torch.Tensor]) -> None:
             arrays.mark_written(arrays.view(tensor))
         else:
             tensor.copy_(one)
+
+
+def is_whole(layout: Layout, tensors: list[torch.Tensor]) -> bool:
+    """Returns whether all tensors have the flat array's dtype, so that unpacking into them rounds nothing."""
+    return all(state.dtype_name(tensor) == layout.dtype for tensor in tensors)
+
+
+def moves(layout: Layout, tensors: list[torch.Tensor], start: Flat, out: Flat, divisor: int = 1) -> bool:
+    """Writes (tensors - start) / divisor into `out`; returns whether it holds neither an infinity nor a NaN.
+
+    Args:
+        layout, tensors: as `pack`.
+        start: flat.
+        out: flat, from `new`.
+        divisor: 1 leaves the differences as they are.
+    """
+    finite = True
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+        for place, now in _pieces(layout, tensors, out):
+            moved = np.subtract(now, start[place], out=out[place])
+            if divisor != 1:
+                np.divide(moved, divisor, out=moved)
+            # A finite sum has finite terms; otherwise it may only be too large.
+            finite = finite and bool(np.isfinite(moved.sum()) or np.isfinite(moved).all())
+    return finite
+
+
+def rounding(layout: Layout, tensors: list[torch.Tensor], start: Flat, moved: Flat, out: Flat) -> Flat:
+    """Writes what start + moved lacks of the tensors' own values into `out`, and returns it; args as `moves`."""
+    for place, now in _pieces(layout, tensors, out):
+        np.subtract(now, start[place] + moved[place], out=out[place])
+    return out
+
+
+def _pieces(layout: Layout, tensors: list[torch.Tensor], spare: Flat) -> Iterator[tuple[slice, Flat]]:
+    """Goes through the tensors' elements in pieces that stay in a cache: their place in a flat array, and themselves.
+
+    `spare` receives them where they cannot be read as they lie: on a device, or in another dtype.
+    """
+    if arrays.view(tensors[0]).device == "cpu" and is_whole(layout, tensors):
+        found = [(slot.offset, one.numpy().reshape(-1)) for one, slot in zip(tensors, layout.slots, strict=True)]
+    else:
+        found = [(0, pack(layout, tensors, spare))]
+    for offset, values in found:
+        for at in range(0, values.size, _PIECE):
+            piece = values[at : at + _PIECE]
+            yield slice(offset + at, offset + at + piece.size), piece
 
 
 def _packable(tensor: torch.Tensor, flat: Flat) -> torch.Tensor:

@@ -102,11 +102,14 @@ of_first=("$@") of_second=("$@")
 if [ ${#mpis[@]} -gt 1 ]; then
     if [ $# -eq 0 ]; then # what no MPI has a part in, or would be the same on another, runs in one
         of_first=(tests/mpi tests/programs tests/unit --ignore=tests/mpi/test_device_training.py)
-        of_second=(tests/programs tests/mpi)
+        of_second=(-m "not any_mpi" tests/programs tests/mpi)
         for file in train_refused launching bench docs train_fashion_mnist; do
             of_second+=("--ignore=tests/programs/test_$file.py")
         done
-        for file in cupy shared_memory helper benchmarks family_failures; do of_second+=("--ignore=tests/mpi/test_$file.py"); done
+        for file in cupy shared_memory helper benchmarks family_failures family_crowds averaging devices \
+            sharded sharded_groups sharded_misuse sharded_use synchronous_kinds synchronous_surprises; do
+            of_second+=("--ignore=tests/mpi/test_$file.py")
+        done
     fi
     set -m # a process group of its own, so that all of it can be ended
     suite "${mpis[1]}" "${of_second[@]}" > "$folder/second.log" 2>&1 &

@@ -5,9 +5,6 @@ dist-keras calls this rule ADAG; in mpidl ADAG is the rule of the thesis' chapte
 
 from __future__ import annotations
 
-import numpy as np
-
-from mpidl.flat import Flat
 from mpidl.parameter_server.delta import DeltaWorker
 
 
@@ -21,8 +18,5 @@ class AGN(DeltaWorker):
     Args and errors as `DeltaWorker`.
     """
 
-    def _rule(self, moved: Flat, steps: int) -> Flat:
-        return moved if steps == 1 else np.divide(moved, steps, out=moved)
-
-    def _commits_the_move(self, steps: int) -> bool:
-        return steps == 1
+    def _divisor(self, steps: int) -> int:
+        return steps

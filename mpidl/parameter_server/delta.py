@@ -1,14 +1,9 @@
-"""The way of the delta rules: commit something made of the local steps' moves, then pull."""
+"""The way of the delta rules: commit the local steps' moves, divided or scaled, then pull."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
-import numpy as np
-
-from mpidl import state
+from mpidl import flat
 from mpidl.flat import Flat
-from mpidl.parameter_server.server import Aim
 from mpidl.parameter_server.worker import Worker
 
 
@@ -20,39 +15,38 @@ class DeltaWorker(Worker):
 
     _pulled: tuple[int, Flat] | None = None  # clock and center, if the last commit has read them
 
-    @abstractmethod
-    def _rule(self, moved: Flat, steps: int) -> Flat:
-        """Returns what is committed after `steps` local steps that `moved` the parameters; may change it in place."""
-
-    def _commits_the_move(self, steps: int) -> bool:
-        """Returns whether `_rule` gives back `moved` unchanged; then a commit that met no other is exact."""
-        return False
+    def _divisor(self, steps: int) -> int:
+        """Returns what the sum of so many local steps' moves is divided by; with 1, who meets no other is exact."""
+        return 1
 
     def _scale(self, staleness: int) -> float:
         """Returns what a commit is multiplied by, once its staleness is known: 1 if nobody committed meanwhile."""
         return 1.0
 
     def _commit(self) -> None:
-        reached, moved = self._flat(), self._memory.take(self._views()[0])
-        delta = self._rule(np.subtract(reached, self._start, out=moved), self._steps)
-        if _is_finite(delta):
-            self._send(delta, reached)
+        views, divisor = self._views(), self._divisor(self._steps)
+        delta = self._memory.take(views[0])
+        if flat.moves(self._layout, views, self._start, delta, divisor):
+            self._send(delta, exact=divisor == 1 and flat.is_whole(self._layout, views))
         else:
             self._refuse_commit()
-        self._memory.give_back(self._views()[0], reached, moved)
+        self._memory.give_back(views[0], delta)
 
-    def _send(self, delta: Flat, reached: Flat) -> None:
+    def _send(self, delta: Flat, *, exact: bool) -> None:
         number = self._server.clock.begin()  # from here on no other commit can come to have the same number
         staleness = number - self._clock
         scale = self._scale(staleness)
-        same_dtype = all(state.dtype_name(p) == self._layout.dtype for _, p in self._held)
-        exact = same_dtype and self._commits_the_move(self._steps)
-        aim = Aim(self._clock, self._start, reached) if exact else None
+        views = self._views()
+        spare, short = self._memory.take(views[0]), None
+        if exact and staleness == 0:
+            short = flat.rounding(self._layout, views, self._start, delta, spare)
         if self._spread is None:  # nobody is waited for between commit and pull
-            pulled = self._memory.take(self._views()[0])
-            self._pulled = self._server.commit_and_pull(delta, pulled, scale=scale, aim=aim, number=number)[1], pulled
+            pulled = self._memory.take(views[0])
+            _, clock = self._server.commit_and_pull(delta, pulled, scale=scale, short=short, number=number)
+            self._pulled = clock, pulled
         else:
-            self._server.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), aim, number)
+            self._server.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), short, number)
+        self._memory.give_back(views[0], spare)
         self._count_commit(staleness, delta.nbytes)
 
     def _fetch(self) -> None:
@@ -61,11 +55,4 @@ class DeltaWorker(Worker):
             return
         (self._clock, pulled), self._pulled = self._pulled, None
         self.statistics.bytes += pulled.nbytes
-        self._start_from(pulled)
-        self._memory.give_back(self._views()[0], pulled)
-
-
-def _is_finite(values: Flat) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        # A finite sum has finite terms; otherwise it may only be too large.
-        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
+        self._start_from(pulled, given=True)

@@ -5,7 +5,6 @@ Dean's own Downpour, which sends gradients to an Adagrad at the server, is anoth
 
 from __future__ import annotations
 
-from mpidl.flat import Flat
 from mpidl.parameter_server.delta import DeltaWorker
 
 
@@ -17,9 +16,3 @@ class Downpour(DeltaWorker):
 
     Args and errors as `DeltaWorker`.
     """
-
-    def _rule(self, moved: Flat, steps: int) -> Flat:
-        return moved
-
-    def _commits_the_move(self, steps: int) -> bool:
-        return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mpidl.flat import Flat
 from mpidl.parameter_server.delta import DeltaWorker
 
 
@@ -17,11 +16,5 @@ class DynSGD(DeltaWorker):
     Args and errors as `DeltaWorker`.
     """
 
-    def _rule(self, moved: Flat, steps: int) -> Flat:
-        return moved
-
     def _scale(self, staleness: int) -> float:
         return 1.0 / (staleness + 1)
-
-    def _commits_the_move(self, steps: int) -> bool:
-        return True  # a commit that met no other has staleness 0

@@ -69,7 +69,8 @@ class EAMSGD(AEASGD):
         ahead = self._ahead()
         if ahead is not None:
             reached += ahead
-        self._start_from(reached)
+        self._start_from(reached, given=True)
+        self._memory.give_back(self._views()[0], center)
 
     def _ahead(self) -> Flat | None:
         """Returns delta v, flat; None where there is no momentum."""

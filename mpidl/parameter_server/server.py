@@ -29,15 +29,6 @@ Exchanged = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Aim:
-    """Makes up for rounding: s + (theta - s) is not theta where a step is larger than the element that it moves."""
-
-    clock: int  # of the pull
-    pulled: Flat
-    wanted: Flat
-
-
-@dataclass(frozen=True)
 class Beside:
     """What an algorithm needs beside center and clock."""
 
@@ -98,19 +89,20 @@ class Server:
         """Returns "node" or "rma"."""
         return "node" if isinstance(self._center, SharedArray) else "rma"
 
-    def commit(self, delta: Flat, aim: Aim | None = None, number: int | None = None) -> int:
+    def commit(self, delta: Flat, short: Flat | None = None, number: int | None = None) -> int:
         """Adds `delta` to the center and returns the commit's number: how many commits began before it.
 
         Args:
             delta: flat, of the center's dtype.
-            aim: where the center should be afterwards, exactly, if nobody else committed since the pull.
+            short: what rounding leaves out, mostly zeros: s + (theta - s) is not theta where a step is larger than the
+                element that it moves. For who knows that nobody else committed since his pull.
             number: from `clock.begin()`, if `delta` depends on it; None: taken here.
         """
         if number is None:
             number = self.clock.begin()
         self._center.add(delta)
-        if aim is not None and number == aim.clock:
-            self._center.add_few(aim.wanted - (aim.pulled + delta))
+        if short is not None:
+            self._center.add_few(short)
         self._center.flush()
         self.clock.land()  # only now: who reads this count must find the data
         return number
@@ -122,27 +114,27 @@ class Server:
         return landed
 
     def commit_and_pull(
-        self, delta: Flat, out: Flat, *, scale: float = 1.0, aim: Aim | None = None, number: int | None = None
+        self, delta: Flat, out: Flat, *, scale: float = 1.0, short: Flat | None = None, number: int | None = None
     ) -> Exchanged:
         """Commits `delta * scale` and then pulls, in one pass over the center where it lies in shared memory.
 
         Args as `commit`, beside:
             out: receives the center, which holds this commit.
-            scale: 1 where there is an aim.
+            scale: 1 where something is short.
 
         Returns:
             The commit's number, and a clock: this commit, and every other one that it counts, is in `out`.
         """
         if not isinstance(self._center, SharedArray):
-            return self.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), aim, number), self.pull(out)
+            scaled = delta if scale == 1.0 else delta * delta.dtype.type(scale)
+            return self.commit(scaled, short, number), self.pull(out)
         if number is None:
             number = self.clock.begin()
         landed = self.clock.landed()  # before the data, as in `pull`
         self._center.add_and_pull(delta, scale, out)
-        if aim is not None and number == aim.clock:
-            short = aim.wanted - (aim.pulled + delta)
+        if short is not None and (found := np.flatnonzero(short)).size:
             self._center.add_few(short)
-            out += short  # others may have committed meanwhile, and stay in it
+            out[found] += short[found]  # others may have committed meanwhile, and stay in it
         self.clock.land()
         return number, landed + 1
 

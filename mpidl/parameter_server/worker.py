@@ -278,12 +278,20 @@ class Worker(DistributedOptimizer):
         self._start_from(pulled)
         return self._clock, pulled
 
-    def _start_from(self, values: Flat) -> None:
-        """Gives the local parameters these values; `values` must come from `flat.new` or `flat.pack`."""
-        flat.unpack(self._layout, values, self._views())
-        # Packed again: local steps start from what is rounded to the model's dtype; only what they move is committed.
-        before, self._start = self._start, self._flat()
-        self._memory.give_back(self._views()[0], before)
+    def _start_from(self, values: Flat, *, given: bool = False) -> None:
+        """Gives the local parameters these values.
+
+        Args:
+            values: from `flat.new` or `flat.pack`.
+            given: nobody uses them any more.
+        """
+        views, before = self._views(), self._start
+        flat.unpack(self._layout, values, views)
+        if given and flat.is_whole(self._layout, views):
+            self._start = values
+        else:  # local steps start from what is rounded to the model's dtype; only what they move is committed
+            self._start = self._flat()
+        self._memory.give_back(views[0], before, *([values] if given and self._start is not values else []))
 
     def _like(self, saved: Flat) -> Flat:
         """Returns a copy from which parameters can be unpacked."""

@@ -102,9 +102,9 @@ def test_dynsgd_scales_by_a_staleness_that_no_other_commit_shares(world_comm, mo
     comm, rounds, log = world_comm, 40, []
     commit = Server.commit_and_pull
 
-    def logged(server, delta, out, *, scale, aim, number):
+    def logged(server, delta, out, *, scale, short, number):
         log.append((number, optimizer._clock, delta[1] * scale))
-        return commit(server, delta, out, scale=scale, aim=aim, number=number)
+        return commit(server, delta, out, scale=scale, short=short, number=number)
 
     monkeypatch.setattr(Server, "commit_and_pull", logged)
     model = Slope(0)

@@ -54,6 +54,7 @@ def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
     assert report["torch threads"].startswith("WARN" if crowded else "ok")
 
 
+@pytest.mark.any_mpi
 def test_memory_that_is_not_shared_is_said_to_be_and_too_many_threads_are_a_warning() -> None:
     threads = len(os.sched_getaffinity(0))  # all cores, for each of the two ranks
     variables = {"MPIDL_SHARED_MEMORY": "0", "OMP_NUM_THREADS": str(threads)}
@@ -98,12 +99,14 @@ def test_without_a_launcher_it_names_the_one_that_run_would_use() -> None:
     assert "`mpidl run` would use" in lines(done.stdout)["launcher"]
 
 
+@pytest.mark.any_mpi
 def test_instructions_that_packing_does_not_have_are_a_failure() -> None:
     done = alone(MPIDL_INSTRUCTIONS="sse9")
     assert done.returncode == 1
     assert "FAIL  extension: MPIDL_INSTRUCTIONS is 'sse9', which is not known: unset it, or set one of" in done.stdout
 
 
+@pytest.mark.any_mpi
 def test_without_mpi_one_sentence_says_what_to_install() -> None:
     done = alone(MPI4PY_LIBMPI="/nonexistent/libmpi.so")
     assert done.returncode == 1
@@ -160,6 +163,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("device"))
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize(
     ("ranks", "kind", "setting", "line"),
     [

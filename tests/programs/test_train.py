@@ -184,6 +184,7 @@ def test_progress_is_plain_lines_in_a_log(run: Run) -> None:
     assert "\x1b" not in run.result.stderr
 
 
+@pytest.mark.any_mpi
 def test_figures_are_means_over_the_samples_of_all_ranks(tmp_path: Path) -> None:
     job = tmp_path / "probe.py"
     job.write_text(PROBE)
@@ -210,6 +211,7 @@ def test_figures_are_means_over_the_samples_of_all_ranks(tmp_path: Path) -> None
     assert [record["loss"] for record in records] == pytest.approx(expected)
 
 
+@pytest.mark.any_mpi
 def test_hyperparameters_and_the_clock_spread_reach_the_algorithm(tmp_path: Path) -> None:
     """Elastic averaging with a job that learns nothing; an overlong alpha is refused by the class, printed once."""
     job, output = tmp_path / "probe.py", tmp_path / "out"
@@ -241,6 +243,7 @@ def expected_losses(seed: int, ranks: int, epochs: int) -> list[float]:
     return losses
 
 
+@pytest.mark.any_mpi
 def test_a_job_runs_as_a_program_of_its_own(tmp_path: Path) -> None:
     program = [sys.executable, str(DIGITS), "--epochs", "1", "--output", str(tmp_path / "x"), "--", "--lr", "0.01"]
     result = run_ranks(2, program, timeout=120)

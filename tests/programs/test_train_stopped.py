@@ -93,6 +93,7 @@ def same(found: Checkpoint, expected: Checkpoint) -> bool:
     return contents[0] == contents[1]
 
 
+@pytest.mark.any_mpi
 def test_a_synchronous_run_stopped_by_sigterm_and_resumed_ends_bit_for_bit_as_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_signal_to_a_server_alone_stops_the_workers(tmp_path: Path, number: si
     assert newest(tmp_path).manifest["clock"] == summary(tmp_path)["commits"]
 
 
+@pytest.mark.any_mpi
 def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Path) -> None:
     """A step takes no time here: most of it goes into checkpoints."""
     store, reached = Store(tmp_path / "checkpoints"), 0

@@ -1,0 +1,103 @@
+"""Crowds of workers, in one rank: many optimisers share one center and go in any order, so that laws can be held to.
+
+Each worker is a real optimiser; only the server of all but the first is taken away. What needs ranks is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from family_helpers import Bowl, center_of, one_step, sgd
+
+import mpidl
+
+WITH_OTHERS = True
+SIZES = (1,)
+
+
+class Crowd:
+    """`n` workers on one center."""
+
+    def __init__(self, comm, kind, n, lr, window):
+        self.window = window
+        self.workers = []
+        for _ in range(n):
+            model = Bowl(np.ones(1))
+            self.workers.append((model, kind(sgd(model, lr), model, communication_window=window, comm=comm)))
+        self.servers = [optimizer._server for _, optimizer in self.workers]
+        for _, optimizer in self.workers:
+            optimizer._server = self.servers[0]
+
+    def go(self, turn):
+        """Has one worker take a window's steps, and so exchange."""
+        for _ in range(self.window):
+            one_step(*self.workers[turn])
+
+    def center(self):
+        return float(center_of(self.workers[0][1])[0])
+
+    def begin_again(self):
+        """Puts all of them at 1, where they began."""
+        server = self.servers[0]
+        server.commit(1.0 - center_of(self.workers[0][1]))
+        for _, optimizer in self.workers:
+            optimizer._pull()
+
+    def close(self):
+        for (_, optimizer), server in zip(self.workers, self.servers, strict=True):
+            optimizer._server = server
+            optimizer.finish()
+
+
+@contextmanager
+def crowd(comm, kind, n, lr=1.0, window=1):
+    made = Crowd(comm, kind, n, lr, window)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("window", "stable"), [(5, False), (12, True)])
+def test_agn_of_sixteen_workers_needs_a_window_of_two_thirds_of_them(comm, window, stable):
+    """One step of rate 1 is the whole way, so that a commit is x / window: stable below 2 sin(pi / 62) = 1 / 9.9."""
+    with crowd(comm, mpidl.AGN, 16, window=window) as workers:
+        for _ in range(60):
+            for turn in range(16):
+                workers.go(turn)
+        assert (abs(workers.center()) < 0.2) == stable
+        assert (abs(workers.center()) > 10) == (not stable)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_in_random_order_staleness_is_a_momentum_of_one_minus_one_nth(comm, n):
+    """Mitliagkas et al. 2016: of many runs' mean, V' = mu V - a x, and the fit gives mu = 1 - 1/n and a = lr/n."""
+    order, lr, runs, steps = np.random.default_rng(n), 0.3, 120, 12
+    found = np.empty((runs, steps + 1))
+    with crowd(comm, mpidl.Downpour, n, lr) as workers:
+        for run in range(runs):
+            workers.begin_again()
+            found[run, 0] = workers.center()
+            for step in range(steps):
+                workers.go(order.integers(n))
+                found[run, step + 1] = workers.center()
+    mean = found.mean(axis=0)
+    moves = np.diff(mean)
+    (mu, rate), *_ = np.linalg.lstsq(np.stack([moves[:-1], mean[1:-1]], axis=1), moves[1:])
+    assert mu == pytest.approx(1 - 1 / n, abs=0.15)
+    assert rate == pytest.approx(-lr / n, abs=0.06)
+
+
+@pytest.mark.parametrize("n", [8, 32])
+def test_in_any_order_staleness_is_n_minus_1_on_average(comm, n):
+    """Every commit is missed once by each other worker: the sum over all of them is known, their spread is not."""
+    order, rounds = np.random.default_rng(n), 20
+    with crowd(comm, mpidl.Downpour, n, lr=0.01) as workers:
+        for turn in [*range(n), *order.integers(n, size=rounds * n), *range(n)]:
+            workers.go(turn)
+        staleness = sum((optimizer.statistics.staleness for _, optimizer in workers.workers), Counter())
+    total = rounds * n + 2 * n
+    missed = sum(tau * times for tau, times in staleness.items())
+    assert missed == total * (n - 1) - n * (n - 1) // 2  # what came after a worker's last commit was never missed
+    assert max(staleness) > n - 1
