@@ -116,7 +116,7 @@ class Server:
     def commit_and_pull(
         self, delta: Flat, out: Flat, *, scale: float = 1.0, short: Flat | None = None, number: int | None = None
     ) -> Exchanged:
-        """Commits `delta * scale` and then pulls, in one pass over the center where it lies in shared memory.
+        """Commits `delta * scale` and pulls, in one pass over the center.
 
         Args as `commit`, beside:
             out: receives the center, which holds this commit.
@@ -125,15 +125,13 @@ class Server:
         Returns:
             The commit's number, and a clock: this commit, and every other one that it counts, is in `out`.
         """
-        if not isinstance(self._center, SharedArray):
-            scaled = delta if scale == 1.0 else delta * delta.dtype.type(scale)
-            return self.commit(scaled, short, number), self.pull(out)
         if number is None:
             number = self.clock.begin()
         landed = self.clock.landed()  # before the data, as in `pull`
         self._center.add_and_pull(delta, scale, out)
         if short is not None and (found := np.flatnonzero(short)).size:
             self._center.add_few(short)
+            self._center.flush()
             out[found] += short[found]  # others may have committed meanwhile, and stay in it
         self.clock.land()
         return number, landed + 1

@@ -46,6 +46,19 @@ class ShardedArray:
             if part.count:
                 self.window.add(part.owner, 0, values[part.start : part.start + part.count])
 
+    def add_and_pull(self, values: Flat, scale: float, out: Flat) -> None:
+        """Adds `values * scale`, and copies what then is there into `out`, element by element.
+
+        One way there and back: what was there comes, and both sides add to it with the same rounding.
+        """
+        scaled = values if scale == 1.0 else values * values.dtype.type(scale)
+        for part in self._order:
+            if part.count:
+                here = slice(part.start, part.start + part.count)
+                self.window.add_and_read(part.owner, 0, scaled[here], out[here])
+        self.window.flush()
+        out += scaled
+
     def add_few(self, values: Flat) -> None:
         """Starts adding what is not zero; MPI keeps it behind what was started before, element by element."""
         for part in self._order:
