@@ -6,7 +6,7 @@ On a device all parameters of a dtype are packed by one launch straight into pin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ from mpidl.layout import Layout, Slot, Tensor, lay_out
 Flat = np.ndarray[Any, Any]  # one-dimensional: parameters one behind the other, or something laid out like them
 
 _PIECE = 1 << 15  # elements that several steps are made on while a core's cache holds them
+
+
+class Few(NamedTuple):
+    """A flat array of which only the elements at some ascending indices matter; the others are zeros."""
+
+    values: Flat
+    at: np.ndarray[Any, Any]
 
 
 def orders_of(named: state.Named) -> list[tuple[int, ...]]:
@@ -138,11 +145,13 @@ def moves(layout: Layout, tensors: list[torch.Tensor], start: Flat, out: Flat, d
     return finite
 
 
-def rounding(layout: Layout, tensors: list[torch.Tensor], start: Flat, moved: Flat, out: Flat) -> Flat:
-    """Writes what start + moved lacks of the tensors' own values into `out`, and returns it; args as `moves`."""
+def rounding(layout: Layout, tensors: list[torch.Tensor], start: Flat, moved: Flat, out: Flat) -> Few:
+    """Writes what start + moved lacks of the tensors' own values into `out`, mostly zeros; args as `moves`."""
+    found = []
     for place, now in _pieces(layout, tensors, out):
-        np.subtract(now, start[place] + moved[place], out=out[place])
-    return out
+        short = np.subtract(now, start[place] + moved[place], out=out[place])
+        found.append(np.flatnonzero(short != 0) + place.start)  # of booleans it is many times as fast
+    return Few(out, np.concatenate(found))
 
 
 def _pieces(layout: Layout, tensors: list[torch.Tensor], spare: Flat) -> Iterator[tuple[slice, Flat]]:

@@ -38,7 +38,7 @@ class DeltaWorker(Worker):
         scale = self._scale(staleness)
         views = self._views()
         spare, short = self._memory.take(views[0]), None
-        if exact and staleness == 0:
+        if exact and staleness == 0:  # s + (theta - s) is not theta where a step is larger than what it moves
             short = flat.rounding(self._layout, views, self._start, delta, spare)
         if self._spread is None:  # nobody is waited for between commit and pull
             pulled = self._memory.take(views[0])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpidl import shared_blocks, shared_memory
-from mpidl.flat import Flat
+from mpidl.flat import Few, Flat
 from mpidl.parameter_server import sharded_array
 from mpidl.parameter_server.clock import Clock
 from mpidl.parameter_server.locks import Locks
@@ -89,13 +89,12 @@ class Server:
         """Returns "node" or "rma"."""
         return "node" if isinstance(self._center, SharedArray) else "rma"
 
-    def commit(self, delta: Flat, short: Flat | None = None, number: int | None = None) -> int:
+    def commit(self, delta: Flat, short: Few | None = None, number: int | None = None) -> int:
         """Adds `delta` to the center and returns the commit's number: how many commits began before it.
 
         Args:
             delta: flat, of the center's dtype.
-            short: what rounding leaves out, mostly zeros: s + (theta - s) is not theta where a step is larger than the
-                element that it moves. For who knows that nobody else committed since his pull.
+            short: what rounding leaves out, for who knows that nobody else committed since his pull.
             number: from `clock.begin()`, if `delta` depends on it; None: taken here.
         """
         if number is None:
@@ -114,7 +113,7 @@ class Server:
         return landed
 
     def commit_and_pull(
-        self, delta: Flat, out: Flat, *, scale: float = 1.0, short: Flat | None = None, number: int | None = None
+        self, delta: Flat, out: Flat, *, scale: float = 1.0, short: Few | None = None, number: int | None = None
     ) -> Exchanged:
         """Commits `delta * scale` and pulls, in one pass over the center.
 
@@ -129,10 +128,10 @@ class Server:
             number = self.clock.begin()
         landed = self.clock.landed()  # before the data, as in `pull`
         self._center.add_and_pull(delta, scale, out)
-        if short is not None and (found := np.flatnonzero(short)).size:
+        if short is not None and short.at.size:
             self._center.add_few(short)
             self._center.flush()
-            out[found] += short[found]  # others may have committed meanwhile, and stay in it
+            out[short.at] += short.values[short.at]  # others may have committed meanwhile, and stay in it
         self.clock.land()
         return number, landed + 1
 
@@ -181,7 +180,7 @@ class Server:
             sums: the saved array beside the center.
         """
         if residual is not None:
-            self._center.add_few(residual)
+            self._center.add_few(Few(residual, np.flatnonzero(residual)))
             self._center.flush()
         if sums is not None and self._sums is not None:
             self._sums.add(sums)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.flat import Flat
+from mpidl.flat import Few, Flat
 from mpidl.parameter_server.sharding import Shard
 from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
@@ -59,13 +59,13 @@ class ShardedArray:
         self.window.flush()
         out += scaled
 
-    def add_few(self, values: Flat) -> None:
+    def add_few(self, few: Few) -> None:
         """Starts adding what is not zero; MPI keeps it behind what was started before, element by element."""
         for part in self._order:
-            few = values[part.start : part.start + part.count]
-            indices = np.flatnonzero(few).astype(np.int32)
-            if indices.size:
-                self.window.add_at(part.owner, indices, few[indices])
+            first, last = np.searchsorted(few.at, (part.start, part.start + part.count))
+            if first < last:
+                indices = few.at[first:last]
+                self.window.add_at(part.owner, (indices - part.start).astype(np.int32), few.values[indices])
 
     def add_and_read(self, values: Flat) -> Flat:
         """Adds; returns what was there before, element by element: concurrent calls form one order for each."""
@@ -123,10 +123,9 @@ class SharedArray:
         for part in self._parts:
             self._blocks.add(part.start, values[_place(part)], scale, after=out[_place(part)])
 
-    def add_few(self, values: Flat) -> None:
-        found = np.flatnonzero(values)
-        for start, stop in _runs(found):
-            self._blocks.add(start, values[start:stop])
+    def add_few(self, few: Few) -> None:
+        for start, stop in _runs(few.at):
+            self._blocks.add(start, few.values[start:stop])
 
     def add_and_read(self, values: Flat) -> Flat:
         before = np.empty_like(values)
