@@ -147,7 +147,7 @@ def moves(layout: Layout, tensors: list[torch.Tensor], start: Flat, out: Flat, d
 
 def rounding(layout: Layout, tensors: list[torch.Tensor], start: Flat, moved: Flat, out: Flat) -> Few:
     """Writes what start + moved lacks of the tensors' own values into `out`, mostly zeros; args as `moves`."""
-    found = []
+    found = [np.empty(0, np.intp)]
     for place, now in _pieces(layout, tensors, out):
         short = np.subtract(now, start[place] + moved[place], out=out[place])
         found.append(np.flatnonzero(short != 0) + place.start)  # of booleans it is many times as fast

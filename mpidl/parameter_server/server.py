@@ -1,9 +1,10 @@
 """The center variable and its operations, in two protocols; which one is decided when it is made, for all of it.
 
 *node*, where all ranks are on one: the center lies in memory that they share, and each block of it is changed and read
-under its lock. *rma* anywhere else: commits are `MPI_Accumulate(SUM)`, pulls `MPI_Get_accumulate(NO_OP)`, atomic per
-element and served by MPI while the owner computes. No commit is lost in either. Rules that must read and write the
-center in one step exchange shard by shard under a lock. What a worker commits is its algorithm's business.
+under its lock. *rma* anywhere else: a commit and its pull are one `MPI_Get_accumulate(SUM)`, a commit by itself is
+`MPI_Accumulate(SUM)` and a pull `MPI_Get_accumulate(NO_OP)`, atomic per element and served by MPI while the owner
+computes. No commit is lost in either. Rules that must read and write the center in one step exchange shard by shard
+under a lock. What a worker commits is its algorithm's business.
 """
 
 from __future__ import annotations

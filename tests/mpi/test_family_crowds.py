@@ -13,6 +13,7 @@ import pytest
 from family_helpers import Bowl, center_of, one_step, sgd
 
 import mpidl
+from mpidl.parameter_server.server import Server
 
 WITH_OTHERS = True
 SIZES = (1,)
@@ -101,3 +102,25 @@ def test_in_any_order_staleness_is_n_minus_1_on_average(comm, n):
     missed = sum(tau * times for tau, times in staleness.items())
     assert missed == total * (n - 1) - n * (n - 1) // 2  # what came after a worker's last commit was never missed
     assert max(staleness) > n - 1
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", False), ("float64", True)])
+def test_commits_below_half_an_ulp_are_lost_in_float32_and_kept_in_float64(comm, dtype, kept):
+    """The center is float64 where a parameter is: what a crowd of small commits needs, late in training."""
+    ranks = comm.topology.duplicate("ranks of a sum")
+    server = Server(ranks, np.ones(4, dtype), "small commits")
+    for _ in range(1000):
+        server.commit(np.full(4, 5e-8, dtype))
+    pulled = np.empty(4, dtype)
+    assert server.pull(pulled) == 1000
+    np.testing.assert_allclose(pulled - 1, 5e-5 if kept else 0, rtol=1e-6)
+    server.close()
+    ranks.free()
+
+
+def test_a_model_without_elements_trains_to_nothing(comm):
+    model = Bowl(np.zeros(0))
+    optimizer = mpidl.Downpour(sgd(model), model, communication_window=1, comm=comm)
+    one_step(model, optimizer)
+    optimizer.finish()
+    assert (optimizer.statistics.commits, optimizer.snapshot()[0]) == (1, 1)

@@ -142,7 +142,6 @@ def test_a_signal_to_a_server_alone_stops_the_workers(tmp_path: Path, number: si
     assert newest(tmp_path).manifest["clock"] == summary(tmp_path)["commits"]
 
 
-@pytest.mark.any_mpi
 def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Path) -> None:
     """A step takes no time here: most of it goes into checkpoints."""
     store, reached = Store(tmp_path / "checkpoints"), 0
