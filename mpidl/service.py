@@ -8,6 +8,7 @@ touches what lies in them, it only lets MPI act, by looking for the next order a
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from mpidl.collectives import disagreement
 from mpidl.errors import ArgumentError, MismatchError
 from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
-from mpidl.waiting import Lookout
+from mpidl.waiting import Attention, Lookout
 from mpidl.window import Plan, Window
 
 _TAG = 8
@@ -141,14 +142,18 @@ class _Server:
         status = mpi.Status()
         # Tested, not probed for: `parameter_server.progress` says what drives MPI, which is what a server is for.
         request = self._whole.data.Irecv([buffer, mpi.BYTE], source=0, tag=_TAG)
-        while not request.Test(status):
+        attention = Attention()
+        while not attention.test(request, status):
             self._lookout.look(f"rank {self._whole.rank}, which serves, has lost others")
             if all(self._whole.channel.has_left(worker) for worker in self._workers):
                 request.Cancel()
                 request.Wait()
                 return None
             self._pass_on_stop()
-            time.sleep(_PAUSE_FOR_OTHER_NODES if self._held and self._far else _PAUSE)
+            if self._held and self._far and attention.expects_more():
+                os.sched_yield()
+            else:
+                time.sleep(_PAUSE_FOR_OTHER_NODES if self._held and self._far else _PAUSE)
         order: dict[str, Any] = json.loads(buffer[: status.Get_count(mpi.BYTE)].tobytes())
         return order
 

@@ -13,9 +13,11 @@ import numpy as np
 
 from mpidl import leaving, runtime
 from mpidl.topology import Topology
+from mpidl.waiting import Attention
 
 _TAG = 9  # nothing is sent by it
-_PAUSE = 1e-3  # seconds between two polls
+_PAUSE = 1e-3  # seconds between two polls,
+_SHORT_PAUSE = 5e-5  # and while others' data keep coming
 _said = False
 
 
@@ -66,5 +68,7 @@ class Progress:
             self._request = None
 
     def _poll(self) -> None:
-        while not self._end.wait(_PAUSE) and threading.main_thread().is_alive():
-            self._request.Test()
+        attention, pause = Attention(), _PAUSE
+        while not self._end.wait(pause) and threading.main_thread().is_alive():
+            attention.test(self._request)
+            pause = _SHORT_PAUSE if attention.expects_more() else _PAUSE

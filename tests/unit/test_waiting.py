@@ -12,7 +12,7 @@ import pytest
 from mpidl.errors import ArgumentError, StalledError
 from mpidl.notices import seconds_from_environment
 from mpidl.processes import Process, start_time
-from mpidl.waiting import Backoff, poll
+from mpidl.waiting import Attention, Backoff, poll
 
 
 class Slow:
@@ -80,3 +80,26 @@ def test_processes_are_told_apart() -> None:
     child.stdin.close()  # type: ignore[union-attr]
     assert start_time(child.pid) is None
     assert Process(child.pid, started, visible=False).alive()  # on another node: nothing is known
+
+
+def test_a_look_that_took_long_is_followed_by_more_for_a_while() -> None:
+    class Request:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        def Test(self, status: str) -> bool:
+            if self.seconds:
+                time.sleep(self.seconds)
+            return status == "done"
+
+    def after(seconds: float) -> bool:
+        attention = Attention()
+        assert attention.test(Request(seconds), "done")
+        assert not attention.test(Request(seconds), "not yet")
+        expects = attention.expects_more()
+        time.sleep(0.01)
+        assert not attention.expects_more()
+        return expects
+
+    assert after(0.001)
+    assert not all(after(0.0) for _ in range(20))  # all but those in which the core was taken away
