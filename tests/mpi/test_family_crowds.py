@@ -90,6 +90,16 @@ def test_in_random_order_staleness_is_a_momentum_of_one_minus_one_nth(comm, n):
     assert rate == pytest.approx(-lr / n, abs=0.06)
 
 
+@pytest.mark.parametrize("n", [2, 4, 16, 32])
+def test_in_turns_staleness_is_exactly_n_minus_1_after_the_first_round(comm, n):
+    with crowd(comm, mpidl.Downpour, n, lr=0.01) as workers:
+        for _ in range(3):
+            for turn in range(n):
+                workers.go(turn)
+        for turn, (_, optimizer) in enumerate(workers.workers):
+            assert optimizer.statistics.staleness == Counter({turn: 1}) + Counter({n - 1: 2})
+
+
 @pytest.mark.parametrize("n", [8, 32])
 def test_in_any_order_staleness_is_n_minus_1_on_average(comm, n):
     """Every commit is missed once by each other worker: the sum over all of them is known, their spread is not."""
