@@ -8,6 +8,7 @@ touches what lies in them, it only lets MPI act, by looking for the next order a
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,9 +150,10 @@ class _Server:
                 request.Wait()
                 return None
             self._pass_on_stop()
-            pause = attention.pause(_PAUSE_FOR_OTHER_NODES) if self._held and self._far else _PAUSE
-            if pause:
-                time.sleep(pause)
+            if self._held and self._far and attention.expects_more():
+                os.sched_yield()
+            else:
+                time.sleep(_PAUSE_FOR_OTHER_NODES if self._held and self._far else _PAUSE)
         order: dict[str, Any] = json.loads(buffer[: status.Get_count(mpi.BYTE)].tobytes())
         return order
 

@@ -22,8 +22,7 @@ _PHRASES = 8  # missing ranks that a message names
 _last_look = 0.0
 _given_up: list[Any] = []  # MPI may still write there
 _WORKED = 2e-5  # seconds: a test that takes longer has moved data; one that finds nothing takes 1 to 15 us
-_AT_ONCE, _MORE = 1e-4, 5e-3  # seconds after such a test in which the next one follows at once, or soon:
-SOON = 5e-5  # seconds; whoever sleeps so little gets a core before those who spin on it
+_MORE = 5e-3  # seconds after such a test in which more is to come
 
 
 class Backoff:
@@ -53,7 +52,7 @@ class Attention:
     """
 
     def __init__(self) -> None:
-        self._worked = float("-inf")  # when a test last found something, by time.perf_counter()
+        self._until = 0.0
 
     def test(self, request: Any, *status: Any) -> bool:
         """Tests a request, which drives MPI, and notes whether there was work."""
@@ -61,13 +60,12 @@ class Attention:
         done = bool(request.Test(*status))
         now = time.perf_counter()
         if now - before > _WORKED:
-            self._worked = now
+            self._until = now + _MORE
         return done
 
-    def pause(self, usual: float) -> float:
-        """Returns the seconds to sleep before the next test: `usual`, or less while data come."""
-        since = time.perf_counter() - self._worked
-        return 0.0 if since < _AT_ONCE else SOON if since < _MORE else usual
+    def expects_more(self) -> bool:
+        """Returns whether there was work a moment ago."""
+        return time.perf_counter() < self._until
 
 
 def poll(request: Any, what: str, limit: float, owner: Any) -> None:

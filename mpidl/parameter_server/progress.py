@@ -13,10 +13,11 @@ import numpy as np
 
 from mpidl import leaving, runtime
 from mpidl.topology import Topology
-from mpidl.waiting import SOON, Attention
+from mpidl.waiting import Attention
 
 _TAG = 9  # nothing is sent by it
-_PAUSE = 1e-3  # seconds between two polls, while no data come
+_PAUSE = 1e-3  # seconds between two polls,
+_SHORT_PAUSE = 5e-5  # and while others' data keep coming
 _said = False
 
 
@@ -70,4 +71,4 @@ class Progress:
         attention, pause = Attention(), _PAUSE
         while not self._end.wait(pause) and threading.main_thread().is_alive():
             attention.test(self._request)
-            pause = max(attention.pause(_PAUSE), SOON)  # never none: the main thread computes
+            pause = _SHORT_PAUSE if attention.expects_more() else _PAUSE
