@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="[default: %(default)s]")
     parser.add_argument("--count", type=int, default=1_000_000, help="parameters [default: %(default)s]")
     given = parser.parse_args()
+    if not given.seconds > 0 or given.count < 1:
+        parser.error(f"--seconds {given.seconds:g} and --count {given.count}: expected more than 0 of both")
     comm = mpidl.world()
     model = torch.nn.Linear(given.count, 1, bias=False)
     optimizer = mpidl.Downpour(torch.optim.SGD(model.parameters(), lr=1e-9), model, communication_window=1, comm=comm)

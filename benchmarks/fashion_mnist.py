@@ -37,9 +37,11 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of `mpidl tr
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", default="4", help="[default: %(default)s]")
+    parser.add_argument("--epochs", type=int, default=4, help="[default: %(default)s]")
     parser.add_argument("algorithms", nargs="*", help=f"of {', '.join(SETTINGS)} [default: all]")
     given = parser.parse_args()
+    if given.epochs < 1:
+        parser.error(f"--epochs is {given.epochs}; expected 1 or more")
     if unknown := set(given.algorithms) - set(SETTINGS):
         parser.error(f"unknown algorithm: {', '.join(sorted(unknown))}; see --help")
     head = ("algorithm", "settings", "test accuracy", "wall seconds", "samples/s", "mean staleness")
@@ -49,7 +51,7 @@ def main() -> int:
         ours, job = SETTINGS[name]
         with tempfile.TemporaryDirectory() as folder:
             mpidl = str(Path(sys.executable).with_name("mpidl"))
-            train = [mpidl, "train", "jobs/fashion_mnist.py", "--epochs", given.epochs, "--batch-size", "32"]
+            train = [mpidl, "train", "jobs/fashion_mnist.py", "--epochs", str(given.epochs), "--batch-size", "32"]
             command = [mpidl, "run", "-n", "4", "--", *train, "--algorithm", name, *ours]
             command += ["--output", folder, "--", *job]
             print(" ".join(command), file=sys.stderr, flush=True)

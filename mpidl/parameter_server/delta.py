@@ -37,16 +37,17 @@ class DeltaWorker(Worker):
         staleness = number - self._clock
         scale = self._scale(staleness)
         views = self._views()
-        spare, short = self._memory.take(views[0]), None
+        short = None
         if exact and staleness == 0:  # s + (theta - s) is not theta where a step is larger than what it moves
-            short = flat.rounding(self._layout, views, self._start, delta, spare)
+            short = flat.rounding(self._layout, views, self._start, delta, self._memory.take(views[0]))
         if self._spread is None:  # nobody is waited for between commit and pull
             pulled = self._memory.take(views[0])
             _, clock = self._server.commit_and_pull(delta, pulled, scale=scale, short=short, number=number)
             self._pulled = clock, pulled
         else:
             self._server.commit(delta if scale == 1.0 else delta * delta.dtype.type(scale), short, number)
-        self._memory.give_back(views[0], spare)
+        if short is not None:
+            self._memory.give_back(views[0], short.values)
         self._count_commit(staleness, delta.nbytes)
 
     def _fetch(self) -> None:
