@@ -19,7 +19,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["kernels", "kernels_avx2", "kernels_avx512", "kernels_portable"]
-SOURCES += ["center", "helper", "node", "packing", "table", "turns"]
+SOURCES += ["center", "helper", "node", "packing", "table", "turns", "writing"]
 # One set for all sources; those of an instruction set name it themselves.
 FLAGS = [
     *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),

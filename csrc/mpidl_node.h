@@ -26,6 +26,17 @@ enum mpidl_progress {
     MPIDL_DIFFERS  /* another rank's words are not this rank's; nothing was moved, the segment can be used further */
 };
 
+/* Whether a rank writes through its caches what others read, or past them; writing.h says why it matters. */
+enum mpidl_wish { MPIDL_BY_MEASUREMENT, MPIDL_THROUGH_CACHES, MPIDL_PAST_CACHES };
+
+typedef struct {
+    int32_t wish;    /* an mpidl_wish */
+    int32_t streams; /* out: 1 if it writes past them, as far as it has measured */
+    int32_t turns;
+    int64_t looked;
+    double costs[2]; /* nanoseconds a byte, through them and past them */
+} mpidl_writing;
+
 /* One rank's end of a segment. `memory` was zero before the first rank came, and is where mpidl_segment_nbytes() bytes
  * are mapped; all but `rank` and `memory` are alike on all ranks.
  */
@@ -36,6 +47,7 @@ typedef struct {
     int32_t rank, ranks;
     int64_t spin;           /* nanoseconds of spinning before the core is given away */
     uint32_t calls, rounds; /* so far */
+    mpidl_writing writing;  /* zero at first */
 } mpidl_node;
 
 /* One call. Flat memory has any alignment; `input` and `output` lie apart, or are equal; of an allgather `input` may be

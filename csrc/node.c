@@ -88,7 +88,7 @@ static void begin_rounds(mpidl_node *node, mpidl_job *job) {
 }
 
 /* Each of the three does one turn if it can; otherwise it says whom it waits for. */
-static bool try_stage(const mpidl_node *node, mpidl_job *job, peer *missing) {
+static bool try_stage(mpidl_node *node, mpidl_job *job, peer *missing) {
     uint32_t round = node->rounds + (uint32_t)job->staged;
     if (job->staged == job->rounds || wait_for_any(node, PRODUCED, round + 1 - SLOTS, missing)) {
         return false;
@@ -100,7 +100,7 @@ static bool try_stage(const mpidl_node *node, mpidl_job *job, peer *missing) {
     return true;
 }
 
-static bool try_produce(const mpidl_node *node, mpidl_job *job, peer *missing) {
+static bool try_produce(mpidl_node *node, mpidl_job *job, peer *missing) {
     uint32_t round = node->rounds + (uint32_t)job->produced;
     if (job->produced == job->rounds || (mpidl_stages(job) && wait_for_any(node, STAGED, round + 1, missing)) ||
         wait_for_any(node, CONSUMED, round + 1 - SLOTS, missing)) {

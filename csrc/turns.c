@@ -5,8 +5,12 @@
 #include "kernels.h"
 #include "segment.h"
 #include "table.h"
+#include "writing.h"
 
 static const int64_t STREAMED_BYTES = 1 << 24;
+
+/* What goes past the caches is made in the first of them, a part of so many bytes at a time. */
+enum { PART_NBYTES = 8192 };
 
 bool mpidl_stages(const mpidl_job *job) {
     return job->kind == MPIDL_ALLREDUCE || job->kind == MPIDL_REDUCE || job->kind == MPIDL_REDUCE_SCATTER;
@@ -88,46 +92,102 @@ static void fetch(mpidl_job *job, int64_t place, int64_t count, char *out) {
     }
 }
 
-void mpidl_stage(const mpidl_node *node, mpidl_job *job, int64_t round) {
+static int64_t part_of(const mpidl_job *job, int64_t left) {
+    int64_t most = PART_NBYTES / mpidl_itemsize(job->dtype);
+    return left < most ? left : most;
+}
+
+/* A piece of the input, for others to read. */
+static void show(mpidl_node *node, mpidl_job *job, int64_t place, int64_t count, char *piece) {
+    const int64_t item = mpidl_itemsize(job->dtype), started = nanoseconds_now();
+    bool streamed = mpidl_choose_writing(&node->writing, started);
+    if (!streamed) {
+        fetch(job, place, count, piece);
+    } else if (job->segments == 0) {
+        mpidl_copy(piece, at(job->input, job, place), count * item, true);
+    } else {
+        _Alignas(64) char part[PART_NBYTES];
+        for (int64_t done = 0, some; done < count; done += some) {
+            some = part_of(job, count - done);
+            fetch(job, place + done, some, part);
+            mpidl_copy(piece + done * item, part, some * item, true);
+        }
+    }
+    mpidl_note_writing(&node->writing, streamed, nanoseconds_now() - started, count * item);
+}
+
+void mpidl_stage(mpidl_node *node, mpidl_job *job, int64_t round) {
     for (int step = 1; step < node->ranks; step++) { /* each begins elsewhere */
         int other = (node->rank + step) % node->ranks;
         int64_t from, count = slice(node, job, round, other, &from);
-        fetch(job, input_place(job, other, from), count,
-              piece_of(node, node->rank, node->rounds + (uint32_t)round, other));
+        show(node, job, input_place(job, other, from), count,
+             piece_of(node, node->rank, node->rounds + (uint32_t)round, other));
     }
 }
 
-/* The own slice is read where it lies; from a table it is gathered into `out` first. */
-static void reduce(const mpidl_node *node, mpidl_job *job, uint32_t round, int64_t from, int64_t count, char *out) {
+/* Elements [skipped, skipped + count) of the own slice, which begins at `from`. It is read where it lies; from a table
+ * it is gathered into `out` first.
+ */
+static void reduce(const mpidl_node *node, mpidl_job *job, uint32_t round, int64_t from, int64_t skipped, int64_t count,
+                   char *out) {
     const char *sources[MAX_RANKS];
     for (int rank = 0; rank < node->ranks; rank++) {
-        sources[rank] = piece_of(node, rank, round, node->rank);
+        sources[rank] = piece_of(node, rank, round, node->rank) + skipped * mpidl_itemsize(job->dtype);
     }
-    sources[node->rank] = at(job->input, job, input_place(job, node->rank, from));
+    int64_t place = input_place(job, node->rank, from + skipped);
+    sources[node->rank] = at(job->input, job, place);
     if (job->segments > 0) {
-        fetch(job, input_place(job, node->rank, from), count, out);
+        fetch(job, place, count, out);
         sources[node->rank] = out;
     }
     mpidl_find_reduction(job->dtype, job->op)(sources, node->ranks, out, count, job->divisor);
 }
 
-void mpidl_produce(const mpidl_node *node, mpidl_job *job, int64_t round) {
+/* The result of the own slice, for others to read past the caches; `kept` may be NULL. */
+static void reduce_and_show(const mpidl_node *node, mpidl_job *job, uint32_t round, int64_t from, int64_t count,
+                            char *shown, char *kept) {
+    const int64_t item = mpidl_itemsize(job->dtype);
+    _Alignas(64) char part[PART_NBYTES];
+    for (int64_t done = 0, some; done < count; done += some) {
+        some = part_of(job, count - done);
+        reduce(node, job, round, from, done, some, part);
+        mpidl_copy(shown + done * item, part, some * item, true);
+        if (kept) {
+            mpidl_copy(kept + done * item, part, some * item, is_streamed(job));
+        }
+    }
+}
+
+/* What is shown of the input, where it belongs in the output; not from the ring, which may be out of the caches. */
+static void keep_input(mpidl_job *job, int64_t place, int64_t count, char *kept) {
+    if (kept && job->segments > 0) {
+        fetch(job, place, count, kept);
+    } else if (kept && kept != at(job->input, job, place)) {
+        mpidl_copy(kept, at(job->input, job, place), count * mpidl_itemsize(job->dtype), is_streamed(job));
+    }
+}
+
+void mpidl_produce(mpidl_node *node, mpidl_job *job, int64_t round) {
     uint32_t number = node->rounds + (uint32_t)round;
     int64_t from, count = slice(node, job, round, node->rank, &from);
     if (count == 0) {
         return;
     }
-    const int64_t item = mpidl_itemsize(job->dtype);
     char *shown = shows(node, job) ? piece_of(node, node->rank, number, node->rank) : NULL;
     char *kept = keeps(node, job) ? at(job->output, job, output_place(job, node->rank, from)) : NULL;
-    char *out = shown ? shown : kept;
-    if (mpidl_stages(job)) {
-        reduce(node, job, number, from, count, out);
-    } else {
-        fetch(job, input_place(job, node->rank, from), count, out);
+    if (!mpidl_stages(job)) {
+        int64_t place = input_place(job, node->rank, from);
+        show(node, job, place, count, shown);
+        keep_input(job, place, count, kept);
+        return;
     }
+    if (shown && mpidl_writes_past_caches(&node->writing)) {
+        reduce_and_show(node, job, number, from, count, shown, kept);
+        return;
+    }
+    reduce(node, job, number, from, 0, count, shown ? shown : kept);
     if (shown && kept) {
-        mpidl_copy(kept, shown, count * item, is_streamed(job));
+        mpidl_copy(kept, shown, count * mpidl_itemsize(job->dtype), is_streamed(job));
     }
 }
 

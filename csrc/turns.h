@@ -20,8 +20,8 @@ int64_t mpidl_rounds_of(const mpidl_node *node, const mpidl_job *job);
 /* Writes what the others need of this rank's input to its ring; its own slice's result to the ring or the output; a
  * rank's result from its ring to the output.
  */
-void mpidl_stage(const mpidl_node *node, mpidl_job *job, int64_t round);
-void mpidl_produce(const mpidl_node *node, mpidl_job *job, int64_t round);
+void mpidl_stage(mpidl_node *node, mpidl_job *job, int64_t round);
+void mpidl_produce(mpidl_node *node, mpidl_job *job, int64_t round);
 void mpidl_consume(const mpidl_node *node, const mpidl_job *job, int64_t round, int from_rank);
 
 /* Data that stand beside the announcements: whether a job's do, writing this rank's, and taking what it needs. */

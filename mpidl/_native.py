@@ -17,7 +17,7 @@ import cffi
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 
 _LIBRARY = Path(__file__).with_name("_mpidl.so")
-_INTERFACE = 5
+_INTERFACE = 6
 
 # As in csrc/mpidl.h, csrc/mpidl_node.h and csrc/mpidl_center.h.
 ffi = cffi.FFI()
@@ -36,11 +36,17 @@ ffi.cdef(
     int mpidl_interface(void);
 
     typedef struct {
+        int32_t wish, streams, turns;
+        int64_t looked;
+        double costs[2];
+    } mpidl_writing;
+    typedef struct {
         uintptr_t memory;
         int64_t small_nbytes, piece_nbytes;
         int32_t rank, ranks;
         int64_t spin;
         uint32_t calls, rounds;
+        mpidl_writing writing;
     } mpidl_node;
     typedef struct mpidl_job mpidl_job;
     struct mpidl_job {

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "mpidl_node.h"
+#include "writing.h"
 
 enum { CALLS = 200, MOST = 3000, MAX = 8 };
 
@@ -134,6 +135,7 @@ static int check(int ranks, int64_t small, int64_t piece, int helpers) {
                                              .ranks = ranks,
                                              .spin = rank % 2 ? 2000 : 0,
                                              .rounds = UINT32_MAX - 100,
+                                             .writing = {.wish = (rank + ranks) % 3},
                                              .calls = 0}};
     }
     /* Counters begin just below the number at which they wrap around. */
@@ -161,8 +163,34 @@ static int check(int ranks, int64_t small, int64_t piece, int helpers) {
     return wrong;
 }
 
+/* Of a machine on which writing through the caches takes `cost` nanoseconds a byte, and past them 1. Every seventh turn
+ * takes ten times as long.
+ */
+static int streams_at(mpidl_writing *writing, double cost, int64_t *now) {
+    for (int turn = 0; turn < 5000; turn++) {
+        bool streamed = mpidl_choose_writing(writing, *now);
+        int64_t took = (int64_t)(65536 * (streamed ? 1 : cost)) * (turn % 7 ? 1 : 10);
+        mpidl_note_writing(writing, streamed, took, 65536);
+        *now += took;
+    }
+    return mpidl_writes_past_caches(writing);
+}
+
+static int check_writing(void) {
+    mpidl_writing writing = {0};
+    int64_t now = 1;
+    int wrong = streams_at(&writing, 0.5, &now) + streams_at(&writing, 1.3, &now) + !streams_at(&writing, 7, &now);
+    wrong += !streams_at(&writing, 2.7, &now) + streams_at(&writing, 1.3, &now) + streams_at(&writing, 2.2, &now);
+    writing.wish = MPIDL_PAST_CACHES;
+    wrong += !mpidl_choose_writing(&writing, now);
+    if (wrong) {
+        printf("the choice between the caches and past them: %d mistakes\n", wrong);
+    }
+    return wrong;
+}
+
 int main(void) {
-    int wrong = 0;
+    int wrong = check_writing();
     for (int ranks = 1; ranks <= 5; ranks++) {
         wrong += check(ranks, 64, 64, 0) + check(ranks, 4096, 512, 1) + check(ranks, 0, 1024, 2);
     }

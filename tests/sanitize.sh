@@ -46,5 +46,5 @@ for sanitizers in thread address,undefined; do
     build_with "$sanitizers" tests/center_driver.c csrc/center.c csrc/kernels*.c
     printf '%s: ' "$sanitizers"
     build_with "$sanitizers" tests/node_driver.c csrc/kernels*.c \
-        csrc/helper.c csrc/node.c csrc/table.c csrc/turns.c
+        csrc/helper.c csrc/node.c csrc/table.c csrc/turns.c csrc/writing.c
 done

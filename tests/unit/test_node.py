@@ -36,6 +36,8 @@ class Ranks:
         aligned = address + -address % 64
         sizes = {"small_nbytes": small, "piece_nbytes": piece, "spin": 0}
         self.ends = [_node.end(aligned, rank, size, **sizes) for rank in range(size)]
+        for rank, end in enumerate(self.ends):
+            end.writing.wish = (rank + size) % 3  # past the caches or not, as others do or not
         self.dice = random.Random(size)
         self.calls = 0
 
