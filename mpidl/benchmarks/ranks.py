@@ -24,6 +24,10 @@ class Ranks(Protocol):
     def everywhere(self, mine: Any) -> list[Any]:
         """Returns every rank's value, any that JSON has; a collective."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether mpidl has found last that this rank's core shares no cache with the others' of its node."""
+
 
 class Alone:
     """One process."""
@@ -38,6 +42,10 @@ class Alone:
 
     def everywhere(self, mine: Any) -> list[Any]:
         return [mine]
+
+    @property
+    def apart(self) -> bool:
+        return False
 
 
 class Together:
@@ -63,3 +71,8 @@ class Together:
     def everywhere(self, mine: Any) -> list[Any]:
         gathered = self.comm.topology.gather_bytes(json.dumps(mine).encode(), "mpidl bench")
         return [json.loads(text) for text in gathered]
+
+    @property
+    def apart(self) -> bool:
+        node = self.comm._collectives.node
+        return node is not None and node.writes_past_caches

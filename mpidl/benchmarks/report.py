@@ -38,6 +38,8 @@ def _circumstances(result: Result) -> list[str]:
         f"{run['load']['busy_cores']} cores before, {end['load']['busy_cores']} after; the ranks lost their cores "
         f"{sum(end['preemptions'])} times.",
     ]
+    if end.get("apart"):
+        lines.append(f"**After {end['apart']} of {len(result.cases)} cases the cores shared no cache**; mpidl saw it.")
     if run["quick"]:
         lines.append("**A quick run: it shows that everything works, and no figure.**")
     if is_busy(result):

@@ -176,6 +176,7 @@ def _measure(settings: Settings, benchmark: Any, ranks: Ranks, file: Path, core:
     if ranks.rank == 0 and load["busy_cores"] > machine.BUSY:
         print(f"mpidl bench: something else uses {load['busy_cores']} cores: figures are doubtful", file=sys.stderr)
     count = len(benchmark.cases(ranks.size, settings.quick))
+    apart = 0
     progress = new_progress(f"bench {settings.benchmark}", count, settings.terminal_columns, silent=ranks.rank != 0)
     for case, prepared in benchmark.fields(ranks, settings.quick):
         progress.begin(case.name)
@@ -184,12 +185,13 @@ def _measure(settings: Settings, benchmark: Any, ranks: Ranks, file: Path, core:
         if writer is not None:
             writer.add(found)
         ranks.rest()
+        apart += any(ranks.everywhere(ranks.apart))
         progress.done()
     progress.close()
     seconds = time.monotonic() - started
     lost_everywhere = ranks.everywhere(machine.preemptions() - lost)
     ranks.barrier()
-    end = {"seconds": round(seconds, 1), "load": machine.load(), "preemptions": lost_everywhere}
+    end = {"seconds": round(seconds, 1), "load": machine.load(), "preemptions": lost_everywhere, "apart": apart}
     if writer is not None:
         writer.close(end)
 

@@ -85,6 +85,11 @@ class Node:
             self._stop_helper()
 
     @property
+    def writes_past_caches(self) -> bool:
+        """Whether this rank has found that its core shares no cache with the others'; csrc/writing.h has more."""
+        return bool(self.end.writing.streams)
+
+    @property
     def busy(self) -> bool:
         """Whether a call is under way."""
         return bool(self._queue)
