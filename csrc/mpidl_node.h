@@ -75,6 +75,7 @@ struct mpidl_job {
     /* How far the call has come; zero at first. */
     int32_t phase, agreed, taken, differs;
     int64_t rounds, staged, produced, consumed;
+    int64_t idle_since; /* 0: not idle */
     /* A helper's. */
     mpidl_job *next;
     int32_t ended, result;

@@ -16,8 +16,10 @@
 
 enum { STARTING, AGREEING, MOVING, ENDED };
 
-/* Nanoseconds that a rank gives its core away, after spinning, before it sleeps; and how long it sleeps at most. */
-enum { YIELDING = 200000, SLEEPING = 1000000 };
+/* Nanoseconds that a rank gives its core away, after spinning, before it sleeps; and how long it sleeps at most. To be
+ * woken takes 50 microseconds, so a rank that has a core for itself sleeps later.
+ */
+enum { YIELDING = 200000, YIELDING_ALONE = 2000000, SLEEPING = 1000000 };
 
 /* Whom a rank waits for. */
 typedef struct {
@@ -167,7 +169,7 @@ static bool try_agree(mpidl_node *node, mpidl_job *job, peer *missing) {
  * waits for: whoever is waited for can go on without anything further from this rank.
  */
 static void move_rounds(mpidl_node *node, mpidl_job *job, peer *missing) {
-    peer to_stage, to_produce, to_consume;
+    peer to_stage = *missing, to_produce = *missing, to_consume = *missing;
     while (try_consume(node, job, &to_consume) || try_produce(node, job, &to_produce) ||
            try_stage(node, job, &to_stage)) {
     }
@@ -226,6 +228,19 @@ static int64_t turns_of(const mpidl_job *job) {
     return (job->staged + job->produced + job->consumed) * MAX_RANKS + job->taken + job->agreed;
 }
 
+/* What a rank does for a moment that has nothing to do since so many nanoseconds. */
+static void idle(const mpidl_node *node, int64_t since, const peer *missing) {
+    if (since < node->spin) {
+        for (int i = 0; i < 16; i++) {
+            relax();
+        }
+    } else if (since < node->spin + (node->spin > 0 ? YIELDING_ALONE : YIELDING)) {
+        sched_yield();
+    } else {
+        sleep_until(flags_of(node, missing->rank), missing->counter, missing->value, SLEEPING);
+    }
+}
+
 int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience) {
     if (job->phase == STARTING) {
         job->finite = 1;
@@ -234,33 +249,25 @@ int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience) {
             return -status;
         }
     }
-    peer missing = {0, 0, 0};
-    int progress = move_on(node, job, &missing);
     int64_t waiting_since = 0;
-    for (int64_t turn = 0; progress == MPIDL_WAITING && patience > 0; turn++) {
-        int64_t now = nanoseconds_now();
-        if (turn == 0) {
-            waiting_since = now;
-        }
-        if (now - waiting_since >= patience) {
-            break;
-        }
-        if (now - waiting_since < node->spin) {
-            for (int i = 0; i < 16; i++) {
-                relax();
-            }
-        } else if (now - waiting_since < node->spin + YIELDING) {
-            sched_yield();
-        } else {
-            sleep_until(flags_of(node, missing.rank), missing.counter, missing.value, SLEEPING);
-        }
+    while (true) {
+        peer missing = {0, 0, 0};
         int64_t before = turns_of(job);
-        progress = move_on(node, job, &missing);
+        int progress = move_on(node, job, &missing);
         if (turns_of(job) != before) {
-            turn = -1; /* patience begins anew */
+            waiting_since = job->idle_since = 0; /* patience begins anew */
         }
+        if (progress != MPIDL_WAITING || patience <= 0) {
+            return progress;
+        }
+        int64_t now = nanoseconds_now();
+        waiting_since = waiting_since ? waiting_since : now;
+        job->idle_since = job->idle_since ? job->idle_since : now;
+        if (now - waiting_since >= patience) {
+            return progress;
+        }
+        idle(node, now - job->idle_since, &missing);
     }
-    return progress;
 }
 
 int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
@@ -270,6 +277,7 @@ int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const vo
     job->output = (uintptr_t)output;
     job->phase = STARTING;
     job->agreed = job->taken = job->differs = 0;
+    job->idle_since = 0;
     job->rounds = job->staged = job->produced = job->consumed = 0;
     return mpidl_node_advance(node, job, patience);
 }

@@ -64,7 +64,7 @@ ffi.cdef(
         int32_t finite;
         int64_t packing, reducing;
         int32_t phase, agreed, taken, differs;
-        int64_t rounds, staged, produced, consumed;
+        int64_t rounds, staged, produced, consumed, idle_since;
         mpidl_job *next;
         int32_t ended, result;
     };
