@@ -19,8 +19,8 @@ from mpidl.collectives.wires import Scratch, Wire
 from mpidl.errors import MismatchError
 from mpidl.topology import Topology
 
-SLICE = 1 << 19  # bytes of a leader's slice in one segment
-AHEAD = 3  # segments under way at a time
+SLICE = 1 << 18  # bytes of a leader's slice in one segment
+AHEAD = 6  # segments under way at a time: Open MPI answers before each message, over TCP
 
 
 class Lanes:
