@@ -18,6 +18,7 @@ import numpy as np
 from mpidl import leaving, runtime, topology
 from mpidl.collectives import disagreement
 from mpidl.errors import ArgumentError, MismatchError
+from mpidl.post import Post
 from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
 from mpidl.waiting import Attention, Lookout
@@ -51,7 +52,10 @@ class Service:
             Workers and servers under a communicator of their own.
         """
         windows = {
-            server: [[plan.name, plan.dtype, plan.counts[server], plan.shared] for plan in plans]
+            server: [
+                [plan.name, plan.dtype, plan.counts[server], plan.shared, plan.mailed[server : server + 1], plan.alone]
+                for plan in plans
+            ]
             for server in self.servers
         }
         self._send(lambda server: {"order": _OPEN, "name": name, "windows": windows[server]})
@@ -122,6 +126,7 @@ class _Server:
         nodes = whole.placement.nodes
         self._far = any(nodes[worker] != nodes[whole.rank] for worker in self._workers)
         self._held: dict[int, tuple[Topology, list[Window | SharedBlocks]]] = {}
+        self._posts: dict[int, Post] = {}
         self._opened = 0
         self._stop_passed_on = False
         self._lookout = Lookout(whole.channel, "the wait for an order: it serves")
@@ -150,6 +155,9 @@ class _Server:
                 request.Wait()
                 return None
             self._pass_on_stop()
+            for post in self._posts.values():
+                if post.serve():
+                    attention.note()
             if self._held and self._far and attention.expects_more():
                 os.sched_yield()
             else:
@@ -166,14 +174,22 @@ class _Server:
     def _open(self, order: dict[str, Any]) -> None:
         ranks = self._whole.duplicate(f"{order['name']} with its servers")
         windows = []
-        for name, dtype, count, shared in order["windows"]:
+        mailed = []
+        for name, dtype, count, shared, reached, alone in order["windows"]:
             counts = tuple(count if rank == ranks.rank else 0 for rank in range(ranks.size))
-            windows.append(Plan(name, dtype, counts, shared).make(ranks))
+            made = Plan(name, dtype, counts, shared, tuple(reached) * ranks.size, alone).make(ranks)
+            windows.append(made)
+            if reached and isinstance(made, SharedBlocks):
+                mailed.append(made)
         self._held[self._opened] = (ranks, windows)
+        if mailed:
+            self._posts[self._opened] = Post(ranks, mailed, order["name"])
         self._opened += 1
 
     def _close(self, number: int) -> None:
         ranks, windows = self._held.pop(number)
+        if number in self._posts:
+            self._posts.pop(number).close()
         for window in reversed(windows):
             window.close()
         ranks.free()

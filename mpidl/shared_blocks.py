@@ -6,6 +6,7 @@ who it was, and nobody goes on with half a block.
 
 from __future__ import annotations
 
+import copy
 import mmap
 import os
 import time
@@ -43,6 +44,16 @@ class SharedBlocks:
         self._token = leaving.opened(f"the shared memory of {name}")
         self._move = _native.library().mpidl_center_move
         self.look: Callable[[], None] = lambda: None  # called while this rank waits; raises if another has died
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._dtype
+
+    def unwatched(self) -> SharedBlocks:
+        """The same memory for a thread that looks for nobody; to be dropped before `close`."""
+        other = copy.copy(self)
+        other.look = lambda: None
+        return other
 
     def add(self, start: int, values: Any, scale: float = 1.0, *, before: Any = None, after: Any = None) -> None:
         """Adds `values * scale` to the elements from `start` on, each block in one step with what is copied of it.
@@ -105,15 +116,21 @@ class SharedBlocks:
                 )
 
 
-def map_blocks(ranks: Topology, count: int, dtype: str) -> Any:
+def map_blocks(ranks: Topology, count: int, dtype: str, *, alone: bool = False) -> Any:
     """Maps the memory of so many elements; a collective. None if the ranks do not see the same /dev/shm.
+
+    Args:
+        ranks: anywhere; those of a node share theirs, unless all want it `alone`.
+        count: alike on the ranks of a node.
+        dtype: "float32" or "float64".
+        alone: whether each rank has its own.
 
     Raises:
         SharedMemoryError: there is not enough of it; alike on all ranks.
     """
     block = _BLOCK // np.dtype(dtype).itemsize
     nbytes = _native.library().mpidl_center_nbytes(count, block, _native.DTYPES[dtype])
-    return shared_memory.map_memory(ranks, int(nbytes)) if ranks.size > 1 else mmap.mmap(-1, int(nbytes))
+    return mmap.mmap(-1, int(nbytes)) if alone or ranks.size == 1 else shared_memory.map_memory(ranks, int(nbytes))
 
 
 def possible(ranks: Topology) -> bool:

@@ -60,8 +60,12 @@ class Attention:
         done = bool(request.Test(*status))
         now = time.perf_counter()
         if now - before > _WORKED:
-            self._until = now + _MORE
+            self.note()
         return done
+
+    def note(self) -> None:
+        """Notes that there was work."""
+        self._until = time.perf_counter() + _MORE
 
     def expects_more(self) -> bool:
         """Returns whether there was work a moment ago."""
@@ -89,6 +93,11 @@ def poll(request: Any, what: str, limit: float, owner: Any) -> None:
     except BaseException:
         _given_up.append(owner)
         raise
+
+
+def keep(owner: Any) -> None:
+    """Keeps what MPI works on, after a wait that was given up."""
+    _given_up.append(owner)
 
 
 class Watch:

@@ -28,6 +28,8 @@ class Plan:
     dtype: str
     counts: tuple[int, ...]  # elements on each rank
     shared: int = 0  # elements of all ranks together, if they may share memory in the window's place; else 0
+    mailed: tuple[int, ...] = ()  # elements in each rank's reach, if those out of it are reached by letters (`mail`)
+    alone: bool = False  # then: nobody else reaches them
 
     def make(self, ranks: Topology) -> Window | SharedBlocks:
         """Makes what is planned over `ranks`, filled with zeros; a collective."""
@@ -35,6 +37,11 @@ class Plan:
             memory = shared_blocks.map_blocks(ranks, self.shared, self.dtype)
             if memory is not None:
                 return SharedBlocks(ranks, self.shared, self.dtype, self.name, memory)
+        if self.mailed:
+            count = max(1, self.mailed[ranks.rank])
+            memory = shared_blocks.map_blocks(ranks, count, self.dtype, alone=self.alone)
+            if memory is not None:
+                return SharedBlocks(ranks, count, self.dtype, self.name, memory)
         return self.make_window(ranks)
 
     def make_window(self, ranks: Topology) -> Window:

@@ -12,6 +12,7 @@ import threading
 import numpy as np
 
 from mpidl import leaving, runtime
+from mpidl.post import Post
 from mpidl.topology import Topology
 from mpidl.waiting import Attention
 
@@ -21,21 +22,22 @@ _SHORT_PAUSE = 5e-5  # and while others' data keep coming
 _said = False
 
 
-def start_progress(ranks: Topology, name: str) -> Progress | None:
-    """Starts the thread if some of `ranks` are on other nodes than this one.
+def start_progress(ranks: Topology, name: str, post: Post | None) -> Progress | None:
+    """Starts the thread if some of `ranks` are on other nodes than this one, or write letters to it.
 
     MPI must allow several threads at once (THREAD_MULTIPLE); where it was started with less, rank 0 says so, once.
 
     Args:
         ranks: who can reach what this rank holds; their communicator stays open until the thread has ended.
         name: for messages.
+        post: what answers letters, if any are written.
     """
     global _said
-    if ranks.placement.nodes.count(ranks.placement.nodes[ranks.rank]) == ranks.size:
+    if post is None and ranks.placement.nodes.count(ranks.placement.nodes[ranks.rank]) == ranks.size:
         return None
     level = runtime.mpi_description()["thread_level"]
     if level == "multiple":
-        return Progress(ranks, name)
+        return Progress(ranks, name, post)
     if ranks.rank == 0 and not _said:
         _said = True
         leaving.say(
@@ -48,12 +50,13 @@ def start_progress(ranks: Topology, name: str) -> Progress | None:
 class Progress:
     """The thread of one center; it also ends when the main thread has ended, in whatever way."""
 
-    def __init__(self, ranks: Topology, name: str) -> None:
+    def __init__(self, ranks: Topology, name: str, post: Post | None) -> None:
         mpi = runtime.mpi()
         # A receive that nothing is ever sent to, tested again and again: an incomplete Test always drives all of MPI's
         # progress, in both MPIs. An Iprobe does not: over UCX Open MPI then looks after one-sided traffic every
         # hundredth time only, and of a communicator of one rank MPICH never does.
         self._request = ranks.data.Irecv([np.empty(1, np.uint8), mpi.BYTE], source=ranks.rank, tag=_TAG)
+        self._post = post
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._poll, name=f"mpidl progress of {name}", daemon=True)
         self._thread.start()
@@ -71,4 +74,6 @@ class Progress:
         attention, pause = Attention(), _PAUSE
         while not self._end.wait(pause) and threading.main_thread().is_alive():
             attention.test(self._request)
+            while self._post is not None and self._post.serve():
+                attention.note()
             pause = _SHORT_PAUSE if attention.expects_more() else _PAUSE

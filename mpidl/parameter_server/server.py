@@ -1,32 +1,37 @@
-"""The center variable and its operations, in two protocols; which one is decided when it is made, for all of it.
+"""The center variable and its operations, in three protocols; which one is decided when it is made, for all of it.
 
 *node*, where all ranks are on one: the center lies in memory that they share, and each block of it is changed and read
-under its lock. *rma* anywhere else: a commit and its pull are one `MPI_Get_accumulate(SUM)`, a commit by itself is
-`MPI_Accumulate(SUM)` and a pull `MPI_Get_accumulate(NO_OP)`, atomic per element and served by MPI while the owner
-computes. No commit is lost in either. Rules that must read and write the center in one step exchange shard by shard
-under a lock. What a worker commits is its algorithm's business.
+under its lock. *mail*, between nodes: the same in each node's memory, of its shards; ranks of other nodes send what is
+to be added, and a thread of the owner adds it and answers. *rma*: a commit and its pull are one
+`MPI_Get_accumulate(SUM)`, a commit by itself is `MPI_Accumulate(SUM)` and a pull `MPI_Get_accumulate(NO_OP)`, atomic
+per element and served by MPI while the owner computes. No commit is lost in any. Rules that must read and write the
+center in one step exchange shard by shard under a lock. What a worker commits is its algorithm's business.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from mpidl import shared_blocks, shared_memory
 from mpidl.flat import Few, Flat
-from mpidl.parameter_server import sharded_array
+from mpidl.parameter_server import protocols, sharded_array
 from mpidl.parameter_server.clock import Clock
 from mpidl.parameter_server.locks import Locks
+from mpidl.parameter_server.mailed_array import MailedArray
 from mpidl.parameter_server.progress import start_progress
 from mpidl.parameter_server.sharded_array import SharedArray, plan_of
 from mpidl.parameter_server.sharding import shard
+from mpidl.post import Post
 from mpidl.service import Service
 from mpidl.topology import Topology
 from mpidl.waiting import Lookout
 
 Exchanged = tuple[int, int]
+_TRIALS = 4  # exchanges by which protocols are compared; the first one warms up
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Server:
         service: the dedicated servers of these workers, which then hold all shards and the clock; None: the workers
             hold them, each a shard.
         beside: what else is held, shard by shard, on the same ranks.
+        protocol: "node", "mail" or "rma"; None: chosen here.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class Server:
         name: str,
         service: Service | None = None,
         beside: Beside = Beside(),
+        *,
+        protocol: str | None = None,
     ) -> None:
         self._name, self._service = name, service
         owners = service.servers if service is not None else range(ranks.size)
@@ -66,29 +74,47 @@ class Server:
         self._order = shards[first:] + shards[:first]
         clock = Clock.plan(name, size, owners.start, ranks.size)
         everyone = service.whole if service is not None else ranks
-        shared = shared_blocks.possible(everyone) and shared_memory.all_want_it(ranks)
-        center = plan_of(f"the center of {name}", initial.dtype.name, shards, size, shared=shared)
+        if protocol is None:
+            protocol = protocols.choose(ranks, everyone, lambda one: _trial(ranks, service, one))
+        hosts = protocols.hosts_of(protocol, everyone)
+        center, beside_it = (
+            plan_of(f"the {what} of {name}", initial.dtype.name, shards, protocol, hosts) for what in ("center", "sums")
+        )
         locks = [Locks.plan(name, size, owners)] if beside.locks else []
-        sums = [plan_of(f"the sums of {name}", initial.dtype.name, shards, size, shared=shared)] if beside.sums else []
-        plans = (clock, center, *locks, *sums)
+        sums = [beside_it] if beside.sums else []
+        self._workers, plans = ranks, (clock, center, *locks, *sums)
         self._ranks = service.open(name, plans) if service is not None else ranks  # all that hold or reach it
         self._lookout = Lookout(self._ranks.channel, "")
         self._where = f"the center of {name} lies on rank(s) {', '.join(map(str, owners))}"
         self.clock = Clock(self._ranks, clock, owners.start, ranks.size)
-        self._center = sharded_array.make(self._ranks, center, self._order, self.look)
+        self._center = sharded_array.make(self._ranks, center, self._order, self.look, hosts=hosts, number=0)
         self._locks = Locks(self._ranks, locks[0], self.look) if locks else None
-        self._sums = sharded_array.make(self._ranks, sums[0], self._order, self.look) if sums else None
+        self._sums = (
+            sharded_array.make(self._ranks, sums[0], self._order, self.look, hosts=hosts, number=1) if sums else None
+        )
+        self._post = self._open_post()
+        held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
+        self._progress = start_progress(self._ranks, name, self._post) if held else None
         for part in shards[ranks.rank :: ranks.size]:  # workers share the writing out of what all of them know
             self._center.write(part, initial[part.start : part.start + part.count])
         self._center.flush()
         ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
-        held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
-        self._progress = start_progress(self._ranks, name) if held else None
+
+    def _open_post(self) -> Post | None:
+        """Lets this rank answer letters, if some are written."""
+        mailed = [array for array in (self._center, self._sums) if isinstance(array, MailedArray)]
+        if not mailed:
+            return None
+        post = Post(self._ranks, [array.blocks for array in mailed], self._name)
+        for array in mailed:
+            array.post = post
+        return post
 
     @property
     def protocol(self) -> str:
-        """Returns "node" or "rma"."""
-        return "node" if isinstance(self._center, SharedArray) else "rma"
+        """Returns "node", "mail" or "rma"."""
+        kinds = {SharedArray: protocols.NODE, MailedArray: protocols.MAIL}
+        return kinds.get(type(self._center), protocols.RMA)
 
     def commit(self, delta: Flat, short: Few | None = None, number: int | None = None) -> int:
         """Adds `delta` to the center and returns the commit's number: how many commits began before it.
@@ -203,11 +229,29 @@ class Server:
 
     def close(self) -> None:
         """Gives the windows back; a collective of the workers."""
+        if self._post is not None:
+            self._workers.barrier(f"closing {self._name}")  # until then others may write to this rank
         self.end_progress()
         if self._service is not None:
             self._service.close(self._ranks)
+        if self._post is not None:
+            self._post.close()
         for held in (self._sums, self._locks, self._center, self.clock):  # the last that was opened first
             if held is not None:
                 held.close()
         if self._service is not None:
             self._ranks.free()
+
+
+def _trial(ranks: Topology, service: Service | None, protocol: str) -> float:
+    """Returns the seconds of a commit and its pull of 1 MiB by all workers at once; a collective of them."""
+    initial = np.zeros(1 << 18, np.float32)
+    server = Server(ranks, initial, "a trial", service, protocol=protocol)
+    out, times = np.empty_like(initial), []
+    for _ in range(_TRIALS):
+        ranks.barrier("a trial")
+        started = time.perf_counter()
+        server.commit_and_pull(initial, out)
+        times.append(time.perf_counter() - started)
+    server.close()
+    return statistics.median(times[1:])

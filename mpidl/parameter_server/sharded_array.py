@@ -1,24 +1,31 @@
-"""The flat array of a server, in the two ways in which it can be held: in shards in an RMA window, which ranks of all
-nodes reach, or in memory that the ranks of one node share. Their operations are the same.
+"""The flat array of a server, in two of the ways in which it can be held: in shards in an RMA window, which ranks of
+all nodes reach, or in memory that the ranks of one node share. `mailed_array` is the third. They do the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mpidl.flat import Few, Flat
-from mpidl.parameter_server.sharding import Shard
+from mpidl.parameter_server.mailed_array import MailedArray
+from mpidl.parameter_server.protocols import MAIL, NODE
+from mpidl.parameter_server.sharding import Shard, runs
 from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
 from mpidl.window import Plan, Window
 
-_GAP = 4096  # elements that are rather passed over than left out
 
-
-def make(ranks: Topology, plan: Plan, order: Sequence[Shard], look: Callable[[], None]) -> ShardedArray | SharedArray:
+def make(
+    ranks: Topology,
+    plan: Plan,
+    order: Sequence[Shard],
+    look: Callable[[], None],
+    *,
+    hosts: Sequence[int],
+    number: int,
+) -> ShardedArray | SharedArray | MailedArray:
     """Makes what a plan says; a collective.
 
     Args:
@@ -26,11 +33,20 @@ def make(ranks: Topology, plan: Plan, order: Sequence[Shard], look: Callable[[],
         plan: as `plan_of` gives it.
         order: the shards, in the order in which this rank goes through them.
         look: called while this rank waits for others; raises if one has died.
+        hosts: by rank, as `protocols.hosts_of` gives it.
+        number: of this array among those that are mailed.
     """
     made = plan.make(ranks)
     if isinstance(made, Window):
         return ShardedArray(made, plan.dtype, order)
     made.look = look
+    if plan.mailed:
+        places, filled = {}, dict.fromkeys(hosts, 0)
+        for owner, count in enumerate(plan.counts):
+            places[owner] = filled[hosts[owner]]
+            filled[hosts[owner]] += count
+        here = frozenset(rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank])
+        return MailedArray(made, number=number, places=places, order=order, here=here, look=look)
     return SharedArray(made, plan.dtype, order)
 
 
@@ -124,7 +140,7 @@ class SharedArray:
             self._blocks.add(part.start, values[_place(part)], scale, after=out[_place(part)])
 
     def add_few(self, few: Few) -> None:
-        for start, stop in _runs(few.at):
+        for start, stop in runs(few.at):
             self._blocks.add(start, few.values[start:stop])
 
     def add_and_read(self, values: Flat) -> Flat:
@@ -157,15 +173,14 @@ def _place(part: Shard) -> slice:
     return slice(part.start, part.start + part.count)
 
 
-def _runs(found: Any) -> Iterator[tuple[int, int]]:
-    """Ranges that hold all of the ascending indices, and of the rest only small gaps."""
-    if found.size:
-        cuts = np.flatnonzero(np.diff(found) > _GAP)
-        firsts, lasts = np.append(0, cuts + 1), np.append(cuts, found.size - 1)
-        yield from ((int(found[first]), int(found[last]) + 1) for first, last in zip(firsts, lasts, strict=True))
-
-
-def plan_of(name: str, dtype: str, shards: Sequence[Shard], size: int, *, shared: bool) -> Plan:
-    """Returns what such an array needs of `size` ranks; `shared`: they may share memory for it."""
-    counts = dict.fromkeys(range(size), 0) | {part.owner: part.count for part in shards}
-    return Plan(name, dtype, tuple(counts.values()), sum(counts.values()) if shared else 0)
+def plan_of(name: str, dtype: str, shards: Sequence[Shard], protocol: str, hosts: Sequence[int]) -> Plan:
+    """Returns what such an array needs of the ranks that `hosts` has; see `protocols` for both."""
+    found = dict.fromkeys(range(len(hosts)), 0) | {part.owner: part.count for part in shards}
+    counts = tuple(found.values())
+    if protocol != MAIL:
+        return Plan(name, dtype, counts, sum(counts) if protocol == NODE else 0)
+    held = dict.fromkeys(hosts, 0)
+    for host, count in zip(hosts, counts, strict=True):
+        held[host] += count
+    reached = tuple(max(1, held[host]) for host in hosts)
+    return Plan(name, dtype, counts, mailed=reached, alone=len(held) == len(hosts))

@@ -126,15 +126,17 @@ def _communicator(size: int) -> mpidl.Communicator:
     return _communicators[size]
 
 
-@pytest.fixture(params=["node", "rma"])
+@pytest.fixture(params=["node", "mail", "rma"])
 def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the center is held, by the switch that users have; across nodes there is one way only."""
+    """How the center is held, by the switches that users have."""
     from mpidl import shared_memory
+    from mpidl.parameter_server import protocols
 
     nodes = set(_communicator(_ranks()).topology.placement.nodes)
     if request.param == "node" and len(nodes) > 1:
         pytest.skip("ranks of several nodes share no memory")
-    monkeypatch.setenv(shared_memory.SWITCH, "1" if request.param == "node" else "0")
+    monkeypatch.setenv(shared_memory.SWITCH, "0" if request.param == "rma" else "1")
+    monkeypatch.setenv(protocols.SWITCH, "mail" if request.param == "mail" else "")
     return str(request.param)
 
 

@@ -1,0 +1,138 @@
+"""The flat array of a server that every node holds a part of in memory shared by its ranks: they change their own
+node's part in place, and write letters for the others'. The third way beside the two of `sharded_array`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpidl.flat import Few, Flat
+from mpidl.mail import ADD, AFTER, BEFORE, HEADER, NOTHING, READ, REPLACE, Letter, wait
+from mpidl.parameter_server.sharding import Shard, runs
+from mpidl.post import Post
+from mpidl.shared_blocks import SharedBlocks
+
+_MOST_RUNS = 32  # in one shard: beyond, all of it is sent
+
+
+class MailedArray:
+    """Its operations are those of the others; all has taken effect when a call returns.
+
+    Args:
+        blocks: this node's part.
+        number: of the array among those that the post serves.
+        places: of each shard's owner, where in its node's part the shard begins; its node holds it.
+        order: the shards, in the order in which this rank goes through them.
+        here: the owners on this rank's node.
+        look: called while this rank waits for answers; raises if a rank has died.
+
+    Attributes:
+        post: carries letters, and answers the others' while this rank waits; given later.
+    """
+
+    def __init__(
+        self,
+        blocks: SharedBlocks,
+        *,
+        number: int,
+        places: dict[int, int],
+        order: Sequence[Shard],
+        here: frozenset[int],
+        look: Callable[[], None],
+    ) -> None:
+        self.blocks, self._number, self._places, self._look = blocks, number, places, look
+        self._parts = [part for part in order if part.count]
+        self._here = here
+        self.dtype = str(blocks.dtype)
+        self.post: Post | None = None
+
+    def add(self, values: Flat) -> None:
+        self._each(ADD, values=values)
+
+    def add_and_pull(self, values: Flat, scale: float, out: Flat) -> None:
+        """Adds `values * scale`, and copies the array, as it is then, into `out`."""
+        self._each(ADD, values=values, scale=scale, answer=AFTER, out=out)
+
+    def add_and_read(self, values: Flat) -> Flat:
+        before = np.empty_like(values)
+        self._each(ADD, values=values, answer=BEFORE, out=before)
+        return before
+
+    def add_few(self, few: Few) -> None:
+        letters: list[Letter] = []
+        for part in self._parts:
+            first, last = np.searchsorted(few.at, (part.start, part.start + part.count))
+            found = list(runs(few.at[first:last]))
+            if len(found) > _MOST_RUNS and part.owner not in self._here:
+                found = [(found[0][0], found[-1][1])]
+            for start, stop in found:
+                letters += self._one(ADD, part, slice(start, stop), values=few.values)
+        self._wait(letters)
+
+    def read(self, out: Flat) -> None:
+        self._each(READ, answer=AFTER, out=out)
+
+    def write(self, part: Shard, values: Flat) -> None:
+        self.replace(part, values)
+
+    def read_shard(self, part: Shard, out: Flat) -> None:
+        self._wait(self._one(READ, part, answer=AFTER, out=out, offset=part.start))
+
+    def replace(self, part: Shard, values: Flat) -> None:
+        self._wait(self._one(REPLACE, part, values=values, offset=part.start))
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.blocks.close()
+
+    def _each(self, kind: int, **options: Any) -> None:
+        """Does the same with every shard; letters first, so that they travel while the own node's part is passed."""
+        parts = sorted(self._parts, key=lambda part: part.owner in self._here)
+        self._wait([letter for part in parts for letter in self._one(kind, part, **options)])
+
+    def _one(
+        self,
+        kind: int,
+        part: Shard,
+        place: slice | None = None,
+        *,
+        values: Flat | None = None,
+        scale: float = 1.0,
+        answer: int = NOTHING,
+        out: Flat | None = None,
+        offset: int = 0,
+    ) -> list[Letter]:
+        """Does one thing with a shard, or a place in it: at once on this node, by the letter that it returns elsewhere.
+
+        Args:
+            kind, answer: see `mail`.
+            part: the shard.
+            place: in the whole array; None: all of the shard.
+            values, out: whole arrays, or only what lies from `offset` on.
+        """
+        place = slice(part.start, part.start + part.count) if place is None else place
+        at, count = self._places[part.owner] + place.start - part.start, place.stop - place.start
+        given, found = (
+            None if one is None else one[place.start - offset : place.stop - offset] for one in (values, out)
+        )
+        if part.owner not in self._here:
+            header = np.array([(self._number, kind, answer, at, count, scale)], HEADER)
+            assert self.post is not None
+            return [Letter(self.post.ranks, part.owner, header, given, found)]
+        if kind == READ:
+            self.blocks.read(at, found)
+        elif kind == REPLACE:
+            self.blocks.replace(at, given)
+        else:
+            read = {} if answer == NOTHING else {"before" if answer == BEFORE else "after": found}
+            self.blocks.add(at, given, scale, **read)
+        return []
+
+    def _wait(self, letters: list[Letter]) -> None:
+        if letters and self.post is not None:
+            wait(letters, self.post.serve, self._look)

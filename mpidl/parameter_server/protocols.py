@@ -1,0 +1,83 @@
+"""How a center is held, decided once for all of it before it is made: *node*, *mail* or *rma*.
+
+*node* where all that reach it are on one: shared memory. Between nodes, *mail*, where ranks of another node write
+letters that a thread answers, or *rma*, where MPI does it: whichever a trial on a small center finds faster.
+`MPIDL_CENTER=mail|rma` decides without one. What each does is in `server`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from mpidl import leaving, runtime, shared_blocks, shared_memory
+from mpidl.errors import ArgumentError
+from mpidl.topology import Topology
+
+NODE, MAIL, RMA = "node", "mail", "rma"
+SWITCH = "MPIDL_CENTER"
+_ANY = ("", MAIL, RMA)
+_said: set[str] = set()
+
+
+def choose(ranks: Topology, everyone: Topology, trial: Callable[[str], float]) -> str:
+    """Returns the protocol, alike on all ranks; a collective.
+
+    Args:
+        ranks: the workers.
+        everyone: and their dedicated servers, if they have any.
+        trial: returns the seconds that a protocol takes on this rank; a collective.
+
+    Raises:
+        ArgumentError: MPIDL_CENTER makes no sense, or cannot be; alike on all ranks.
+    """
+    wish = _agreed_wish(ranks)
+    one_node = shared_blocks.possible(everyone)
+    if one_node and wish == "":
+        return NODE if shared_memory.all_want_it(ranks) else RMA
+    if wish == RMA:
+        return RMA
+    answering = everyone.size > ranks.size or _all_have_threads(ranks)
+    if wish == MAIL and not answering:
+        raise ArgumentError(f"{SWITCH}=mail needs an MPI that was started with thread level multiple on every rank")
+    if wish == MAIL or not answering or not shared_memory.all_want_it(ranks):
+        return MAIL if wish == MAIL else RMA
+    return _faster(ranks, trial)
+
+
+def _agreed_wish(ranks: Topology) -> str:
+    wishes = [
+        text.decode() for text in ranks.gather_bytes(os.environ.get(SWITCH, "").encode(), f"agreeing on {SWITCH}")
+    ]
+    for rank, wish in enumerate(wishes):
+        if wish not in _ANY:
+            raise ArgumentError(f"{SWITCH}={wish!r} on rank {rank}: expected mail or rma, or nothing")
+        if wish != wishes[0]:
+            raise ArgumentError(f"{SWITCH} is {wishes[0]!r} on rank 0 and {wish!r} on rank {rank}: set it alike")
+    return wishes[0]
+
+
+def _all_have_threads(ranks: Topology) -> bool:
+    has = runtime.mpi_description()["thread_level"] == "multiple"
+    return bool(ranks.gather_words(np.array([has], np.int64), "agreeing on threads").all())
+
+
+def _faster(ranks: Topology, trial: Callable[[str], float]) -> str:
+    mine = np.array([trial(protocol) for protocol in (MAIL, RMA)])
+    mail, rma = ranks.gather_words(mine, "comparing protocols").max(axis=0)
+    chosen = MAIL if mail < rma else RMA
+    if ranks.rank == 0 and chosen not in _said:
+        _said.add(chosen)
+        leaving.say(
+            f"the center is reached by {chosen}: commit and pull of 1 MiB took {mail * 1e3:.2g} ms by mail, "
+            f"{rma * 1e3:.2g} ms by rma; {SWITCH} decides otherwise"
+        )
+    return chosen
+
+
+def hosts_of(protocol: str, everyone: Topology) -> tuple[int, ...]:
+    """Returns by rank whose memory it reaches directly: that of those with the same number."""
+    nodes = everyone.placement.nodes
+    return tuple(range(everyone.size)) if protocol == MAIL and len(set(nodes)) == 1 else nodes
