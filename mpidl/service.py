@@ -158,10 +158,11 @@ class _Server:
             for post in self._posts.values():
                 if post.serve():
                     attention.note()
-            if self._held and self._far and attention.expects_more():
+            needed = bool(self._posts) or bool(self._held and self._far)
+            if needed and attention.expects_more():
                 os.sched_yield()
             else:
-                time.sleep(_PAUSE_FOR_OTHER_NODES if self._held and self._far else _PAUSE)
+                time.sleep(_PAUSE_FOR_OTHER_NODES if needed else _PAUSE)
         order: dict[str, Any] = json.loads(buffer[: status.Get_count(mpi.BYTE)].tobytes())
         return order
 

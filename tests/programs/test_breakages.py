@@ -95,6 +95,23 @@ BREAKAGES = {
         "mpi/test_history.py",
         "-k free_runners",
     ),
+    "by letter a commit is read, added and written back": Breakage(
+        "post.py",
+        "            self._array.add(at, values, self._scale, **read)\n",
+        "            old = np.empty_like(values)\n"
+        "            self._array.read(at, old)\n"
+        "            __import__('time').sleep(1e-4)\n"
+        "            self._array.replace(at, old + values)\n",
+        "mpi/test_server.py",
+        "-k add_up_exactly_a_thousand",
+    ),
+    "an answer leaves out what was sent with it": Breakage(
+        "post.py",
+        '"before" if self._answer == BEFORE else "after": answer',
+        '"after" if self._answer == BEFORE else "before": answer',
+        "mpi/test_history.py",
+        "-k free_runners",
+    ),
     "a commit counts before it has landed": Breakage(
         "parameter_server/server.py",
         "        self._center.add(delta)\n",

@@ -1,0 +1,106 @@
+"""How a center is held: what users say, what a trial finds, and letters between nodes that are pretended here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mpidl import leaving
+from mpidl.errors import ArgumentError
+from mpidl.mail import PIECE
+from mpidl.parameter_server import protocols
+from mpidl.parameter_server.server import Beside, Server
+
+WITH_OTHERS = True
+
+
+@pytest.fixture
+def ranks(world_comm):
+    made = world_comm.topology.duplicate("test of the protocols")
+    yield made
+    made.free()
+
+
+@pytest.fixture
+def far_ranks(ranks):
+    """The same as if the second half of them were on another node."""
+    half = (ranks.size + 1) // 2
+    nodes = tuple(int(rank >= half) for rank in range(ranks.size))
+    ranks.placement = dataclasses.replace(ranks.placement, nodes=nodes)
+    return ranks
+
+
+def never(_):
+    pytest.fail("a trial was made")
+
+
+def test_what_the_user_says_is_done_or_refused_alike(ranks, monkeypatch):
+    last = ranks.rank == ranks.size - 1
+    for wish in (protocols.RMA, protocols.MAIL):
+        monkeypatch.setenv(protocols.SWITCH, wish)
+        assert protocols.choose(ranks, ranks, never) == wish
+    monkeypatch.setenv(protocols.SWITCH, "post" if last else "")
+    with pytest.raises(ArgumentError, match=rf"MPIDL_CENTER='post' on rank {ranks.size - 1}: expected mail or rma"):
+        protocols.choose(ranks, ranks, never)
+    if ranks.size > 1:
+        monkeypatch.setenv(protocols.SWITCH, "mail" if last else "rma")
+        with pytest.raises(ArgumentError, match=rf"is 'rma' on rank 0 and 'mail' on rank {ranks.size - 1}: set it"):
+            protocols.choose(ranks, ranks, never)
+
+
+def test_between_nodes_the_slowest_rank_of_a_trial_decides_for_all(far_ranks, monkeypatch):
+    ranks, said = far_ranks, []
+    if ranks.size == 1:
+        pytest.skip("one rank is on one node")
+    monkeypatch.setattr(leaving, "say", said.append)
+    monkeypatch.setattr(protocols, "_said", set())
+    slow = ranks.rank == ranks.size - 1
+    times = {"mail": 0.003 if slow else 0.001, "rma": 0.002}
+    assert protocols.choose(ranks, ranks, times.__getitem__) == "rma"
+    times = {"mail": 0.003, "rma": 0.004 if slow else 0.001}
+    assert protocols.choose(ranks, ranks, times.__getitem__) == "mail"
+    assert (len(said) == 2) == (ranks.rank == 0)
+    assert ranks.rank or "took 3 ms by mail, 4 ms by rma; MPIDL_CENTER decides otherwise" in said[1]
+
+
+def test_a_center_on_two_nodes_is_tried_chosen_and_exact(far_ranks, monkeypatch):
+    """Letters to the other node, and the own node's memory, for shards of several pieces that end anywhere."""
+    ranks, count = far_ranks, 4 * PIECE + 1003
+    if ranks.size == 1:
+        pytest.skip("one rank is on one node")
+    monkeypatch.setattr(leaving, "say", lambda _: None)
+    chosen = Server(ranks, np.zeros(10), "test")
+    assert chosen.protocol in ("mail", "rma")
+    found = ranks.gather_words(np.array([chosen.protocol == "mail"], np.int64), "test")
+    assert len(set(found.ravel())) == 1
+    chosen.close()
+    server = Server(ranks, np.arange(float(count)), "test", beside=Beside(sums=True), protocol="mail")
+    out, mine = np.empty(count), np.arange(count) % 7 * (ranks.rank + 1.0)
+    for _ in range(5):
+        server.commit_and_pull(mine, out)
+    server.add_to_sums(mine)
+    ranks.barrier("test")
+    total = np.arange(count) % 7 * float(sum(range(1, ranks.size + 1)))
+    assert server.pull(out) == 5 * ranks.size
+    assert np.array_equal(out, np.arange(count) + 5 * total)
+    assert np.array_equal(server.sums(), total)
+    ranks.barrier("test")
+    server.close()
+
+
+def test_a_saved_center_comes_back_element_by_element(ranks):
+    """More runs of elements than are written letters about: then the whole range is sent."""
+    count = 2_000_003
+    residual = np.zeros(count)
+    residual[::7001] = 1 + np.arange(residual[::7001].size)
+    server = Server(ranks, np.ones(count), "test", protocol="mail")
+    if ranks.rank == 0:
+        server.restore(17, residual)
+    ranks.barrier("test")
+    out = np.empty(count)
+    assert server.pull(out) == 17
+    assert np.array_equal(out, 1 + residual)
+    ranks.barrier("test")
+    server.close()
