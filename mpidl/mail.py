@@ -26,8 +26,8 @@ HEADER = np.dtype(
     [("array", "i8"), ("kind", "i8"), ("answer", "i8"), ("start", "i8"), ("count", "i8"), ("scale", "f8")]
 )
 HEADERS, VALUES, ANSWERS = 11, 12, 13  # tags
-PIECE = 1 << 16  # elements
-AHEAD = 8  # pieces of a letter under way at a time
+PIECE = 1 << 15  # elements
+AHEAD = 3  # pieces of a letter under way at a time: with more, over TCP, Open MPI uses two thirds of a slow link
 _YIELDING = 1e-2  # seconds without news after which a waiting worker sleeps between two looks
 _PAUSE = 5e-5
 

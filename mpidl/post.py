@@ -29,6 +29,7 @@ class Post:
 
     Attributes:
         ranks: the same ranks, under the communicator that carries letters and nothing else.
+        attended: whether a thread serves all the time, so that no other need.
     """
 
     def __init__(self, ranks: Topology, arrays: Sequence[SharedBlocks], name: str) -> None:
@@ -38,6 +39,7 @@ class Post:
         self._arrays = [array.unwatched() for array in arrays]
         self._status = mpi.Status()
         self._lock = threading.Lock()
+        self.attended = False
         self._letters: dict[int, deque[_Answering]] = {}  # by who wrote them, in their order
         self._expect()
 

@@ -135,4 +135,8 @@ class MailedArray:
 
     def _wait(self, letters: list[Letter]) -> None:
         if letters and self.post is not None:
-            wait(letters, self.post.serve, self._look)
+            self.post.attended = True
+            try:
+                wait(letters, self.post.serve, self._look)
+            finally:
+                self.post.attended = False

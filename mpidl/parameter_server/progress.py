@@ -73,6 +73,9 @@ class Progress:
     def _poll(self) -> None:
         attention, pause = Attention(), _PAUSE
         while not self._end.wait(pause) and threading.main_thread().is_alive():
+            if self._post is not None and self._post.attended:
+                pause = _PAUSE
+                continue
             attention.test(self._request)
             while self._post is not None and self._post.serve():
                 attention.note()
