@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import mpidl
+from mpidl import leaving
 from mpidl.communicator import Communicator
 from mpidl.errors import ArgumentError, DtypeError, SharedMemoryError
 from mpidl.training import algorithms
@@ -241,11 +242,18 @@ class AsynchronousWay:
         communicating, nbytes, commits = (float(x) for x in self._comm.allreduce(mine))
         histogram = self._histogram(statistics.staleness)
         counted = sum(histogram.values())
+        p50, p95, most = (_percentile(histogram, share) for share in (0.5, 0.95, 1.0))
+        if counted and self._comm.rank == 0:
+            mean = sum(tau * n for tau, n in histogram.items()) / counted
+            leaving.say(f"staleness of {counted} commits: mean {mean:.2f}, p50 {p50}, p95 {p95}, max {most}")
         return {
             "seconds_communicating": communicating / self._comm.size,
             "bytes": int(nbytes),
             "commits": int(commits),
             "mean_staleness": sum(tau * n for tau, n in histogram.items()) / counted if counted else 0.0,
+            "staleness_p50": p50,
+            "staleness_p95": p95,
+            "staleness_max": most,
             "staleness": {str(tau): n for tau, n in sorted(histogram.items())},
         }
 
@@ -257,6 +265,16 @@ class AsynchronousWay:
             counts[tau] = n
         total = self._comm.allreduce(counts)
         return Counter({tau: int(n) for tau, n in enumerate(total) if n})
+
+
+def _percentile(histogram: Mapping[int, int], share: float) -> int:
+    """The least value that so large a share of what a histogram counts does not exceed; 0 if it counts nothing."""
+    wanted, seen = share * sum(histogram.values()), 0
+    for value, count in sorted(histogram.items()):
+        seen += count
+        if seen >= wanted:
+            return value
+    return 0
 
 
 def new_way(settings: Settings, optimizer: torch.optim.Optimizer, model: torch.nn.Module, comm: Communicator) -> Way:

@@ -174,6 +174,11 @@ def test_staleness_counts_every_commit(run: Run) -> None:
     mean = sum(tau * n for tau, n in histogram.items()) / commits
     assert run.summary["mean_staleness"] == pytest.approx(mean)
     assert 0 < mean < commits
+    every = sorted(tau for tau, n in histogram.items() for _ in range(n))
+    p50, p95 = (every[math.ceil(share * commits) - 1] for share in (0.5, 0.95))
+    found = [run.summary[f"staleness_{name}"] for name in ("p50", "p95", "max")]
+    assert found == [p50, p95, every[-1]]
+    assert f"mean {mean:.2f}, p50 {p50}, p95 {p95}, max {every[-1]}\n" in run.result.stderr
 
 
 def test_progress_is_plain_lines_in_a_log(run: Run) -> None:
