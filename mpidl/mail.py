@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import runtime, waiting
+from mpidl import runtime
 from mpidl.topology import Topology
 
 ADD, REPLACE, READ = range(3)
@@ -46,13 +46,16 @@ class Letter:
         header: of dtype HEADER, one element.
         values: what is added or put; None for READ.
         out: receives the answers; None for NOTHING.
+
+    Attributes:
+        to: see above.
     """
 
     def __init__(
         self, ranks: Topology, to: int, header: np.ndarray[Any, Any], values: Flat | None, out: Flat | None
     ) -> None:
         mpi = runtime.mpi()
-        self._comm, self._to, self._bytes = ranks.data, to, mpi.BYTE
+        self._comm, self.to, self._bytes = ranks.data, to, mpi.BYTE
         self._values, self._out = values, out
         self._pieces = deque(pieces(int(header["count"][0])))
         self._kept = header
@@ -72,9 +75,14 @@ class Letter:
 
     def _start(self, piece: slice) -> None:
         out = np.empty(0, np.uint8) if self._out is None else self._out[piece].view(np.uint8)
-        answer = self._comm.Irecv([out, self._bytes], self._to, ANSWERS)
+        answer = self._comm.Irecv([out, self._bytes], self.to, ANSWERS)
         given = () if self._values is None else (self._values[piece].view(np.uint8),)
-        self._under_way.append((answer, *(self._comm.Isend([one, self._bytes], self._to, VALUES) for one in given)))
+        self._under_way.append((answer, *(self._comm.Isend([one, self._bytes], self.to, VALUES) for one in given)))
+
+    @property
+    def given(self) -> bool:
+        """Whether all that there is to send is on its way."""
+        return not self._pieces
 
     @property
     def answered(self) -> bool:
@@ -86,22 +94,22 @@ def wait(letters: list[Letter], meanwhile: Callable[[], bool], look: Callable[[]
     """Returns when all letters are answered.
 
     Args:
-        letters: all are moved on at once.
+        letters: all are moved on at once, those to one rank in their order: it takes in one after the other.
         meanwhile: answers what others write; returns whether there was something to do.
         look: raises if a rank has died.
     """
     since = time.monotonic()
-    try:
-        while not all(letter.answered for letter in letters):
-            news = [letter.advance() for letter in letters]
-            if meanwhile() or any(news):
-                since = time.monotonic()
-                continue
-            look()
-            if time.monotonic() - since < _YIELDING:
-                os.sched_yield()
-            else:
-                time.sleep(_PAUSE)
-    except BaseException:
-        waiting.keep(letters)
-        raise
+    while not all(letter.answered for letter in letters):
+        news, begun = meanwhile(), set[int]()
+        for letter in letters:
+            if letter.to not in begun:
+                news |= letter.advance()
+                if not letter.given:
+                    begun.add(letter.to)
+        look()
+        if news:
+            since = time.monotonic()
+        elif time.monotonic() - since < _YIELDING:
+            os.sched_yield()
+        else:
+            time.sleep(_PAUSE)

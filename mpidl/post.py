@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
 
 
+class HelpEndedError(Exception):
+    """A helper thread was to end while it waited for a lock."""
+
+
 class Post:
     """Answers what the ranks of one server write to this one; making it is a collective, and so is closing it.
 
@@ -26,33 +30,54 @@ class Post:
         ranks: who writes.
         arrays: what letters name by number.
         name: for messages.
+        look: called on the main thread while it waits for a lock; raises if a rank has died.
 
     Attributes:
         ranks: the same ranks, under the communicator that carries letters and nothing else.
         attended: whether a thread serves all the time, so that no other need.
     """
 
-    def __init__(self, ranks: Topology, arrays: Sequence[SharedBlocks], name: str) -> None:
+    def __init__(self, ranks: Topology, arrays: Sequence[SharedBlocks], name: str, look: Callable[[], None]) -> None:
         mpi = runtime.mpi()
         self.ranks = ranks.duplicate(f"the letters of {name}")
         self._comm, self._anyone, self._bytes = self.ranks.data, mpi.ANY_SOURCE, mpi.BYTE
-        self._arrays = [array.unwatched() for array in arrays]
+        self._look, self._helped = look, True
+        self._arrays = [array.watched_by(self._look_around) for array in arrays]
         self._status = mpi.Status()
         self._lock = threading.Lock()
         self.attended = False
         self._letters: dict[int, deque[_Answering]] = {}  # by who wrote them, in their order
         self._expect()
 
+    def _look_around(self) -> None:
+        """A helper thread that waits for a lock looks for nobody: the main thread does, and ends it."""
+        if threading.current_thread() is threading.main_thread():
+            self._look()
+        elif not self._helped:
+            raise HelpEndedError
+
+    def end_help(self) -> None:
+        """Lets no other thread than the main one wait for a lock any more."""
+        self._helped = False
+
     def _expect(self) -> None:
         self._header = np.zeros(1, HEADER)
         self._request = self._comm.Irecv([self._header.view(np.uint8), self._bytes], self._anyone, HEADERS)
 
     def serve(self) -> bool:
-        """Does what can be done without waiting; returns whether there was something. Any thread may call it."""
-        if self._request is None or not self._lock.acquire(blocking=False):
+        """Does what can be done without waiting; returns whether there was something. Any thread may call it.
+
+        Raises:
+            HelpEndedError: it waited for a lock on another thread than the main one.
+        """
+        channel = self.ranks.channel
+        if self._request is None or channel.given_up is not None or not self._lock.acquire(blocking=False):
             return False
         try:
             return self._serve()
+        except BaseException:
+            channel.give_up(f"an answer ({self.ranks.name})", self)
+            raise
         finally:
             self._lock.release()
 
@@ -72,12 +97,14 @@ class Post:
 
     def close(self) -> None:
         """Expects no more letters; a collective, when nobody writes any more."""
-        with self._lock:
-            request, self._request = self._request, None
-            if request is not None:
-                request.Cancel()
-                request.Wait()
-            self._arrays.clear()
+        if self.ranks.channel.given_up is None:
+            while any(self._letters.values()):  # whose writers have their answers
+                self._serve()
+            self._request.Cancel()
+            self._request.Wait()
+        self._request = None
+        self._letters.clear()
+        self._arrays.clear()
         self.ranks.free()
 
 

@@ -149,7 +149,7 @@ class _Server:
         request = self._whole.data.Irecv([buffer, mpi.BYTE], source=0, tag=_TAG)
         attention = Attention()
         while not attention.test(request, status):
-            self._lookout.look(f"rank {self._whole.rank}, which serves, has lost others")
+            self._look()
             if all(self._whole.channel.has_left(worker) for worker in self._workers):
                 request.Cancel()
                 request.Wait()
@@ -165,6 +165,9 @@ class _Server:
                 time.sleep(_PAUSE_FOR_OTHER_NODES if needed else _PAUSE)
         order: dict[str, Any] = json.loads(buffer[: status.Get_count(mpi.BYTE)].tobytes())
         return order
+
+    def _look(self) -> None:
+        self._lookout.look(f"rank {self._whole.rank}, which serves, has lost others")
 
     def _pass_on_stop(self) -> None:
         """Tells the workers, once, that this rank was asked to stop: they save, and it serves until they have."""
@@ -184,7 +187,7 @@ class _Server:
                 mailed.append(made)
         self._held[self._opened] = (ranks, windows)
         if mailed:
-            self._posts[self._opened] = Post(ranks, mailed, order["name"])
+            self._posts[self._opened] = Post(ranks, mailed, order["name"], self._look)
         self._opened += 1
 
     def _close(self, number: int) -> None:

@@ -49,10 +49,10 @@ class SharedBlocks:
     def dtype(self) -> np.dtype[Any]:
         return self._dtype
 
-    def unwatched(self) -> SharedBlocks:
-        """The same memory for a thread that looks for nobody; to be dropped before `close`."""
+    def watched_by(self, look: Callable[[], None]) -> SharedBlocks:
+        """The same memory with a `look` of its own; to be dropped before `close`."""
         other = copy.copy(self)
-        other.look = lambda: None
+        other.look = look
         return other
 
     def add(self, start: int, values: Any, scale: float = 1.0, *, before: Any = None, after: Any = None) -> None:

@@ -95,11 +95,6 @@ def poll(request: Any, what: str, limit: float, owner: Any) -> None:
         raise
 
 
-def keep(owner: Any) -> None:
-    """Keeps what MPI works on, after a wait that was given up."""
-    _given_up.append(owner)
-
-
 class Watch:
     """What one wait does besides testing its request: looks for the dead, calls the roll, gives up in the end.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpidl import datatypes, leaving, runtime, shared_blocks
-from mpidl.errors import ClosedError
+from mpidl.errors import ClosedError, SharedMemoryError
 from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
 
@@ -38,8 +38,12 @@ class Plan:
             if memory is not None:
                 return SharedBlocks(ranks, self.shared, self.dtype, self.name, memory)
         if self.mailed:
-            count = max(1, self.mailed[ranks.rank])
-            memory = shared_blocks.map_blocks(ranks, count, self.dtype, alone=self.alone)
+            count, memory = max(1, self.mailed[ranks.rank]), None
+            try:
+                memory = shared_blocks.map_blocks(ranks, count, self.dtype, alone=self.alone)
+            except SharedMemoryError as error:  # alike on all ranks
+                if ranks.rank == 0:
+                    leaving.say(f"{self.name} is kept in an RMA window: {error}")
             if memory is not None:
                 return SharedBlocks(ranks, count, self.dtype, self.name, memory)
         return self.make_window(ranks)

@@ -4,11 +4,13 @@ node's part in place, and write letters for the others'. The third way beside th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from mpidl.errors import ClosedError
 from mpidl.flat import Few, Flat
 from mpidl.mail import ADD, AFTER, BEFORE, HEADER, NOTHING, READ, REPLACE, Letter, wait
 from mpidl.parameter_server.sharding import Shard, runs
@@ -23,31 +25,36 @@ class MailedArray:
 
     Args:
         blocks: this node's part.
-        number: of the array among those that the post serves.
         places: of each shard's owner, where in its node's part the shard begins; its node holds it.
         order: the shards, in the order in which this rank goes through them.
         here: the owners on this rank's node.
         look: called while this rank waits for answers; raises if a rank has died.
-
-    Attributes:
-        post: carries letters, and answers the others' while this rank waits; given later.
     """
 
     def __init__(
         self,
         blocks: SharedBlocks,
         *,
-        number: int,
         places: dict[int, int],
         order: Sequence[Shard],
         here: frozenset[int],
         look: Callable[[], None],
     ) -> None:
-        self.blocks, self._number, self._places, self._look = blocks, number, places, look
+        self.blocks, self._places, self._look = blocks, places, look
         self._parts = [part for part in order if part.count]
         self._here = here
         self.dtype = str(blocks.dtype)
-        self.post: Post | None = None
+        self._post: Post
+        self._number = 0
+
+    def join(self, post: Post, number: int) -> None:
+        """Lets a post carry this array's letters, and answer the others' while this rank waits; before its first use.
+
+        Args:
+            post: serves `blocks`.
+            number: of this array there.
+        """
+        self._post, self._number = post, number
 
     def add(self, values: Flat) -> None:
         self._each(ADD, values=values)
@@ -62,15 +69,14 @@ class MailedArray:
         return before
 
     def add_few(self, few: Few) -> None:
-        letters: list[Letter] = []
-        for part in self._parts:
-            first, last = np.searchsorted(few.at, (part.start, part.start + part.count))
-            found = list(runs(few.at[first:last]))
-            if len(found) > _MOST_RUNS and part.owner not in self._here:
-                found = [(found[0][0], found[-1][1])]
-            for start, stop in found:
-                letters += self._one(ADD, part, slice(start, stop), values=few.values)
-        self._wait(letters)
+        with self._writing() as letters:
+            for part in self._parts:
+                first, last = np.searchsorted(few.at, (part.start, part.start + part.count))
+                found = list(runs(few.at[first:last]))
+                if len(found) > _MOST_RUNS and part.owner not in self._here:
+                    found = [(found[0][0], found[-1][1])]
+                for start, stop in found:
+                    self._one(letters, ADD, part, slice(start, stop), values=few.values)
 
     def read(self, out: Flat) -> None:
         self._each(READ, answer=AFTER, out=out)
@@ -79,10 +85,12 @@ class MailedArray:
         self.replace(part, values)
 
     def read_shard(self, part: Shard, out: Flat) -> None:
-        self._wait(self._one(READ, part, answer=AFTER, out=out, offset=part.start))
+        with self._writing() as letters:
+            self._one(letters, READ, part, answer=AFTER, out=out, offset=part.start)
 
     def replace(self, part: Shard, values: Flat) -> None:
-        self._wait(self._one(REPLACE, part, values=values, offset=part.start))
+        with self._writing() as letters:
+            self._one(letters, REPLACE, part, values=values, offset=part.start)
 
     def flush(self) -> None:
         pass
@@ -93,10 +101,13 @@ class MailedArray:
     def _each(self, kind: int, **options: Any) -> None:
         """Does the same with every shard; letters first, so that they travel while the own node's part is passed."""
         parts = sorted(self._parts, key=lambda part: part.owner in self._here)
-        self._wait([letter for part in parts for letter in self._one(kind, part, **options)])
+        with self._writing() as letters:
+            for part in parts:
+                self._one(letters, kind, part, **options)
 
     def _one(
         self,
+        letters: list[Letter],
         kind: int,
         part: Shard,
         place: slice | None = None,
@@ -106,10 +117,11 @@ class MailedArray:
         answer: int = NOTHING,
         out: Flat | None = None,
         offset: int = 0,
-    ) -> list[Letter]:
-        """Does one thing with a shard, or a place in it: at once on this node, by the letter that it returns elsewhere.
+    ) -> None:
+        """Does one thing with a shard, or a place in it: at once on this node, elsewhere by a letter.
 
         Args:
+            letters: receives it.
             kind, answer: see `mail`.
             part: the shard.
             place: in the whole array; None: all of the shard.
@@ -120,10 +132,12 @@ class MailedArray:
         given, found = (
             None if one is None else one[place.start - offset : place.stop - offset] for one in (values, out)
         )
+        if not count:
+            return
         if part.owner not in self._here:
             header = np.array([(self._number, kind, answer, at, count, scale)], HEADER)
-            assert self.post is not None
-            return [Letter(self.post.ranks, part.owner, header, given, found)]
+            letters.append(Letter(self._post.ranks, part.owner, header, given, found))
+            return
         if kind == READ:
             self.blocks.read(at, found)
         elif kind == REPLACE:
@@ -131,12 +145,21 @@ class MailedArray:
         else:
             read = {} if answer == NOTHING else {"before" if answer == BEFORE else "after": found}
             self.blocks.add(at, given, scale, **read)
-        return []
 
-    def _wait(self, letters: list[Letter]) -> None:
-        if letters and self.post is not None:
-            self.post.attended = True
-            try:
-                wait(letters, self.post.serve, self._look)
-            finally:
-                self.post.attended = False
+    @contextmanager
+    def _writing(self) -> Iterator[list[Letter]]:
+        """Collects letters and waits for them at the end; half-way out of it no further one can be written."""
+        letters, channel = list[Letter](), self._post.ranks.channel
+        if channel.given_up is not None:
+            raise ClosedError(f"the center takes no further calls: {channel.given_up}")
+        try:
+            yield letters
+            if letters:
+                self._post.attended = True
+                wait(letters, self._post.serve, self._look)
+        except BaseException:
+            if letters:
+                channel.give_up(f"an exchange ({self._post.ranks.name})", letters)
+            raise
+        finally:
+            self._post.attended = False

@@ -8,11 +8,12 @@ other nodes keeps a thread that does, now and then, and sleeps in between.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import numpy as np
 
 from mpidl import leaving, runtime
-from mpidl.post import Post
+from mpidl.post import HelpEndedError, Post
 from mpidl.topology import Topology
 from mpidl.waiting import Attention
 
@@ -64,6 +65,8 @@ class Progress:
     def end(self) -> None:
         """Returns when the thread has ended; harmless the second time."""
         self._end.set()
+        if self._post is not None:
+            self._post.end_help()
         self._thread.join()
         if self._request is not None:
             self._request.Cancel()
@@ -71,6 +74,10 @@ class Progress:
             self._request = None
 
     def _poll(self) -> None:
+        with suppress(HelpEndedError):
+            self._serve()
+
+    def _serve(self) -> None:
         attention, pause = Attention(), _PAUSE
         while not self._end.wait(pause) and threading.main_thread().is_alive():
             if self._post is not None and self._post.attended:

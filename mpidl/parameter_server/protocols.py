@@ -42,9 +42,12 @@ def choose(ranks: Topology, everyone: Topology, trial: Callable[[str], float]) -
     answering = everyone.size > ranks.size or _all_have_threads(ranks)
     if wish == MAIL and not answering:
         raise ArgumentError(f"{SWITCH}=mail needs an MPI that was started with thread level multiple on every rank")
-    if wish == MAIL or not answering or not shared_memory.all_want_it(ranks):
-        return MAIL if wish == MAIL else RMA
-    return _faster(ranks, trial)
+    shares = one_node or shared_memory.all_want_it(ranks)  # on one node each rank has memory of its own then
+    if wish == MAIL and not shares:
+        raise ArgumentError(f"{SWITCH}=mail shares memory within nodes, and {shared_memory.SWITCH}=0 forbids it")
+    if wish == MAIL:
+        return MAIL
+    return _faster(ranks, trial) if answering and shares else RMA
 
 
 def _agreed_wish(ranks: Topology) -> str:

@@ -87,11 +87,9 @@ class Server:
         self._lookout = Lookout(self._ranks.channel, "")
         self._where = f"the center of {name} lies on rank(s) {', '.join(map(str, owners))}"
         self.clock = Clock(self._ranks, clock, owners.start, ranks.size)
-        self._center = sharded_array.make(self._ranks, center, self._order, self.look, hosts=hosts, number=0)
+        self._center = sharded_array.make(self._ranks, center, self._order, self.look, hosts=hosts)
         self._locks = Locks(self._ranks, locks[0], self.look) if locks else None
-        self._sums = (
-            sharded_array.make(self._ranks, sums[0], self._order, self.look, hosts=hosts, number=1) if sums else None
-        )
+        self._sums = sharded_array.make(self._ranks, sums[0], self._order, self.look, hosts=hosts) if sums else None
         self._post = self._open_post()
         held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
         self._progress = start_progress(self._ranks, name, self._post) if held else None
@@ -105,9 +103,9 @@ class Server:
         mailed = [array for array in (self._center, self._sums) if isinstance(array, MailedArray)]
         if not mailed:
             return None
-        post = Post(self._ranks, [array.blocks for array in mailed], self._name)
-        for array in mailed:
-            array.post = post
+        post = Post(self._ranks, [array.blocks for array in mailed], self._name, self.look)
+        for number, array in enumerate(mailed):
+            array.join(post, number)
         return post
 
     @property

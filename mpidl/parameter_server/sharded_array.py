@@ -24,7 +24,6 @@ def make(
     look: Callable[[], None],
     *,
     hosts: Sequence[int],
-    number: int,
 ) -> ShardedArray | SharedArray | MailedArray:
     """Makes what a plan says; a collective.
 
@@ -34,7 +33,6 @@ def make(
         order: the shards, in the order in which this rank goes through them.
         look: called while this rank waits for others; raises if one has died.
         hosts: by rank, as `protocols.hosts_of` gives it.
-        number: of this array among those that are mailed.
     """
     made = plan.make(ranks)
     if isinstance(made, Window):
@@ -46,7 +44,7 @@ def make(
             places[owner] = filled[hosts[owner]]
             filled[hosts[owner]] += count
         here = frozenset(rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank])
-        return MailedArray(made, number=number, places=places, order=order, here=here, look=look)
+        return MailedArray(made, places=places, order=order, here=here, look=look)
     return SharedArray(made, plan.dtype, order)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import time
 
 import numpy as np
 import pytest
 
 from mpidl import leaving
-from mpidl.errors import ArgumentError
-from mpidl.mail import PIECE
+from mpidl.errors import ArgumentError, ClosedError
+from mpidl.mail import AFTER, AHEAD, HEADER, PIECE, READ, Letter
 from mpidl.parameter_server import protocols
+from mpidl.parameter_server.progress import Progress
 from mpidl.parameter_server.server import Beside, Server
+from mpidl.post import Post
+from mpidl.window import Plan
 
 WITH_OTHERS = True
 
@@ -104,3 +109,64 @@ def test_a_saved_center_comes_back_element_by_element(ranks):
     assert np.array_equal(out, 1 + residual)
     ranks.barrier("test")
     server.close()
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_long_runs_of_one_shard_come_back_in_their_places(ranks, request, far):
+    """Two letters to one rank, each of more pieces than are under way at a time."""
+    if far:
+        request.getfixturevalue("far_ranks")
+    long = (AHEAD + 2) * PIECE
+    shard = 2 * long + 79 * 64  # a whole number of cache lines: each rank has one, with a gap in the middle
+    residual = 1 + np.arange(float(ranks.size * shard))
+    for rank in range(ranks.size):
+        residual[rank * shard + long : (rank + 1) * shard - long] = 0
+    server = Server(ranks, np.ones(residual.size), "test", protocol="mail")
+    if ranks.rank == 0:
+        server.restore(1, residual)
+    ranks.barrier("test")
+    out = np.empty(residual.size)
+    server.pull(out)
+    assert np.array_equal(out, 1 + residual)
+    ranks.barrier("test")
+    server.close()
+
+
+def test_an_exchange_given_up_half_way_lets_no_other_follow(comm, monkeypatch):
+    ranks = comm.topology.duplicate("test of letters given up")
+    monkeypatch.setenv(protocols.SWITCH, "mail")
+    server = Server(ranks, np.zeros(10), "test")
+    letters = server._post.ranks.channel
+    monkeypatch.setattr(letters, "given_up", "an exchange was given up half-way")
+    with pytest.raises(ClosedError, match="the center takes no further calls: an exchange was given up half-way"):
+        server.pull(np.empty(10))
+    monkeypatch.setattr(letters, "given_up", None)
+    server.close()
+    ranks.free()
+
+
+def test_a_helper_that_waits_for_a_dead_rank_s_lock_can_be_ended(ranks, monkeypatch):
+    """Every rank writes to itself; of its memory the first block is held by a process that will not come back."""
+    monkeypatch.setattr(leaving, "opened", lambda _: None)
+    blocks = Plan("a variable", "float64", (8,) * ranks.size, mailed=(8,) * ranks.size, alone=True).make(ranks)
+    post = Post(ranks, [blocks], "test", lambda: None)
+    helper = Progress(ranks, "test", post)
+    lock = ctypes.c_uint32.from_address(blocks._center.memory)
+    lock.value = 4711
+    letter = Letter(post.ranks, ranks.rank, np.array([(0, READ, AFTER, 0, 8, 1.0)], HEADER), None, np.empty(8))
+    while not post._letters:
+        letter.advance()
+        time.sleep(0.001)
+    started = time.monotonic()
+    helper.end()
+    assert time.monotonic() - started < 5
+    assert "an answer (the letters of test) was given up half-way" in post.ranks.channel.given_up
+    assert not post.serve()
+    lock.value = 0
+    answer = letter._under_way[0][0]
+    answer.Cancel()
+    answer.Wait()
+    post._letters.clear()
+    post.ranks.channel.given_up = None
+    post.close()
+    blocks.close()
