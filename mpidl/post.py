@@ -47,7 +47,7 @@ class Post:
         self._lock = threading.Lock()
         self.attended = False
         self._letters: dict[int, deque[_Answering]] = {}  # by who wrote them, in their order
-        self._expect()
+        self._open = True
 
     def _look_around(self) -> None:
         """A helper thread that waits for a lock looks for nobody: the main thread does, and ends it."""
@@ -60,10 +60,6 @@ class Post:
         """Lets no other thread than the main one wait for a lock any more."""
         self._helped = False
 
-    def _expect(self) -> None:
-        self._header = np.zeros(1, HEADER)
-        self._request = self._comm.Irecv([self._header.view(np.uint8), self._bytes], self._anyone, HEADERS)
-
     def serve(self) -> bool:
         """Does what can be done without waiting; returns whether there was something. Any thread may call it.
 
@@ -71,7 +67,7 @@ class Post:
             HelpEndedError: it waited for a lock on another thread than the main one.
         """
         channel = self.ranks.channel
-        if self._request is None or channel.given_up is not None or not self._lock.acquire(blocking=False):
+        if not self._open or channel.given_up is not None or not self._lock.acquire(blocking=False):
             return False
         try:
             return self._serve()
@@ -83,11 +79,12 @@ class Post:
 
     def _serve(self) -> bool:
         news = False
-        while self._request.Test(self._status):
-            writer = self._status.Get_source()
-            array = self._arrays[int(self._header["array"][0])]
-            self._letters.setdefault(writer, deque()).append(_Answering(self._comm, writer, self._header, array))
-            self._expect()
+        # Probed for: over UCX a receive from any source never takes in what came before it (MPICH 5.0.2).
+        while message := self._comm.Improbe(self._anyone, HEADERS, self._status):
+            writer, header = self._status.Get_source(), np.zeros(1, HEADER)
+            message.Recv([header.view(np.uint8), self._bytes])
+            array = self._arrays[int(header["array"][0])]
+            self._letters.setdefault(writer, deque()).append(_Answering(self._comm, writer, header, array))
             news = True
         for letters in self._letters.values():
             news |= bool(letters) and letters[0].advance()
@@ -100,9 +97,7 @@ class Post:
         if self.ranks.channel.given_up is None:
             while any(self._letters.values()):  # whose writers have their answers
                 self._serve()
-            self._request.Cancel()
-            self._request.Wait()
-        self._request = None
+        self._open = False
         self._letters.clear()
         self._arrays.clear()
         self.ranks.free()

@@ -1,8 +1,8 @@
 """How a center is held, decided once for all of it before it is made: *node*, *mail* or *rma*.
 
 *node* where all that reach it are on one: shared memory. Between nodes, *mail*, where ranks of another node write
-letters that a thread answers, or *rma*, where MPI does it: whichever a trial on a small center finds faster; with
-dedicated servers rma. `MPIDL_CENTER=mail|rma` decides without a trial. What each does is in `server`.
+letters that a thread or a dedicated server answers, or *rma*, where MPI does it: whichever a trial on a small center
+finds faster. `MPIDL_CENTER=mail|rma` decides without a trial. What each does is in `server`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def choose(ranks: Topology, everyone: Topology, trial: Callable[[str], float]) -
     one_node = shared_blocks.possible(everyone)
     if one_node and wish == "":
         return NODE if shared_memory.all_want_it(ranks) else RMA
-    if wish == RMA or (wish == "" and everyone.size > ranks.size):
-        return RMA  # letters to dedicated servers hang on MPICH over UCX's tcp; elsewhere they are the faster way
+    if wish == RMA:
+        return RMA
     answering = everyone.size > ranks.size or _all_have_threads(ranks)
     if wish == MAIL and not answering:
         raise ArgumentError(f"{SWITCH}=mail needs an MPI that was started with thread level multiple on every rank")
@@ -74,8 +74,8 @@ def _faster(ranks: Topology, trial: Callable[[str], float]) -> str:
     if ranks.rank == 0 and chosen not in _said:
         _said.add(chosen)
         leaving.say(
-            f"the center is reached by {chosen}: commit and pull of 1 MiB took {mail * 1e3:.2g} ms by mail, "
-            f"{rma * 1e3:.2g} ms by rma; {SWITCH} decides otherwise"
+            f"the center is reached by {chosen}: commit and pull of 1 MiB took {mail * 1e3:.1f} ms by mail, "
+            f"{rma * 1e3:.1f} ms by rma; {SWITCH} decides otherwise"
         )
     return chosen
 

@@ -32,7 +32,7 @@ import numpy as np, mpidl
 from mpidl.parameter_server.server import Server
 comm, done = mpidl.world(servers=int(sys.argv[1])), Path(sys.argv[2])
 assert comm.nodes == comm.size
-server = Server(comm.topology, np.zeros(1000), "planted", comm.service)
+server = Server(comm.topology, np.zeros(1000), "planted", comm.service, protocol=sys.argv[3] or None)
 comm.barrier()
 deadline = time.monotonic() + 30
 if comm.rank == 0:
@@ -52,16 +52,18 @@ server.close()
 
 
 @on_mpich
+@pytest.mark.parametrize("protocol", ["mail", "rma", ""])  # the last: whichever a trial finds faster
 @pytest.mark.parametrize("servers", [0, 1])
-def test_commits_from_other_nodes_land_while_a_rank_computes(tmp_path: Path, servers: int) -> None:
+def test_commits_from_other_nodes_land_while_a_rank_computes(tmp_path: Path, servers: int, protocol: str) -> None:
     """Rank 1 holds a shard, which its helper thread lets MPI serve; or a server holds all, and polls."""
     file = tmp_path / "program.py"
     file.write_text(OUTSIDE_MPI)
-    program = [sys.executable, str(file), str(servers), str(tmp_path / "done")]
+    program = [sys.executable, str(file), str(servers), str(tmp_path / "done"), protocol]
     result = run_ranks(2 + servers, program, timeout=120, env=APART)
     assert result.returncode == 0, result.output
     assert "commits landed meanwhile: True" in result.stdout, result.output
     assert "was not matched" not in result.output  # a message that nobody took in before MPI ended
+    assert ("mpidl: the center is reached by " in result.stderr) == (protocol == ""), result.output
 
 
 ONE_BY_ONE = """
