@@ -120,6 +120,38 @@ def unpack(layout: Layout, flat: Flat, tensors: list[torch.Tensor]) -> None:
             tensor.copy_(one)
 
 
+def parts(layout: Layout, flat: Flat) -> list[torch.Tensor]:
+    """Returns views of a flat array, one for each tensor that it was packed from, flat too."""
+    return [torch.from_numpy(flat[slot.offset : slot.offset + slot.count]) for slot in layout.slots]
+
+
+def shift(layout: Layout, tensors: list[torch.Tensor], before: Flat, after: Flat) -> None:
+    """Moves tensors by `after - before`; where these are equal, no bit of them changes.
+
+    Args:
+        layout, tensors: as `pack`.
+        before, after: flat; `before` is overwritten.
+    """
+    in_place = is_whole(layout, tensors) and arrays.view(tensors[0]).device == "cpu"
+    moved = pack(layout, tensors) if not in_place else before
+    for place, now in _pieces(layout, parts(layout, moved) if not in_place else tensors, before):
+        by = np.subtract(after[place], before[place], out=before[place])
+        if by.any():
+            np.add(now, by, out=now)
+    if in_place:
+        for tensor in tensors:
+            arrays.mark_written(arrays.view(tensor))
+    else:
+        unpack(layout, moved, tensors)
+
+
+def round_like(layout: Layout, tensors: list[torch.Tensor], flat: Flat) -> None:
+    """Rounds a flat array from `new` to the dtypes of tensors."""
+    dense = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    unpack(layout, flat, dense)
+    pack(layout, dense, flat)
+
+
 def is_whole(layout: Layout, tensors: list[torch.Tensor]) -> bool:
     """Returns whether all tensors have the flat array's dtype, so that unpacking into them rounds nothing."""
     return all(state.dtype_name(tensor) == layout.dtype for tensor in tensors)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import runtime
+from mpidl import errands, runtime
 from mpidl.topology import Topology
 
 ADD, REPLACE, READ = range(3)
@@ -99,6 +99,7 @@ def wait(letters: list[Letter], meanwhile: Callable[[], bool], look: Callable[[]
         look: raises if a rank has died.
     """
     since = time.monotonic()
+    yielding = 0.0 if errands.under_way() else _YIELDING  # beside a thread that computes it leaves the core at once
     while not all(letter.answered for letter in letters):
         news, begun = meanwhile(), set[int]()
         for letter in letters:
@@ -109,7 +110,7 @@ def wait(letters: list[Letter], meanwhile: Callable[[], bool], look: Callable[[]
         look()
         if news:
             since = time.monotonic()
-        elif time.monotonic() - since < _YIELDING:
+        elif time.monotonic() - since < yielding:
             os.sched_yield()
         else:
             time.sleep(_PAUSE)

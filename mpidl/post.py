@@ -14,13 +14,10 @@ from typing import Any
 import numpy as np
 
 from mpidl import runtime
+from mpidl.errands import HelpEndedError
 from mpidl.mail import AHEAD, ANSWERS, BEFORE, HEADER, HEADERS, NOTHING, READ, REPLACE, VALUES, pieces
 from mpidl.shared_blocks import SharedBlocks
 from mpidl.topology import Topology
-
-
-class HelpEndedError(Exception):
-    """A helper thread was to end while it waited for a lock."""
 
 
 class Post:

@@ -113,7 +113,7 @@ class AEASGD(ExclusiveWorker):
 
     def _go_on(self, reached: Flat, center: Flat) -> None:
         self._start_from(np.subtract(reached, self._elastic, out=reached), given=True)
-        self._memory.give_back(self._views()[0], center)
+        self._give_back(center)
 
     def _own(self) -> dict[str, Flat]:
         return {"parameters": self._flat(), "steps": np.array([self._steps])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,11 +12,24 @@ import torch
 
 from mpidl import checks, flat
 from mpidl.communicator import Communicator
+from mpidl.errands import Errand, Errands
 from mpidl.flat import Flat
-from mpidl.parameter_server import sgd
+from mpidl.parameter_server import overlapping, sgd
 from mpidl.parameter_server.server import Beside
 from mpidl.parameter_server.warm_start import WarmStart
 from mpidl.parameter_server.worker import Worker
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What the thread did in one turn."""
+
+    gradient: Flat | None  # pushed, unless it was refused; None: only fetched
+    base: int  # others' commits that the oldest gradient in it knew of
+    number: int | None  # of the commit
+    center: Flat | None  # fetched
+    clock: int  # of the center
+    stopping: bool
 
 
 class DistBelief(Worker):
@@ -25,8 +39,9 @@ class DistBelief(Worker):
     `n_fetch` steps its parameters become the center. The sums of squares lie beside the center; adding to one and
     reading what it was is one step for each element, so that every push is counted in some order of them. As in the
     paper there is no epsilon: the first gradient of an element moves it by exactly gamma; one that is 0 moves nothing.
-    Push and fetch are done in the step in which they fall due, the push first; in the paper threads of their own did
-    them. Source: J. Dean et al., *Large Scale Distributed Deep Networks*, NIPS 2012, section 4.1 and appendix.
+    Push and fetch are done in the step in which they fall due, the push first; with `overlap` by a thread, as in the
+    paper, while local steps go on. A push is as stale as the oldest gradient in it. Source: J. Dean et al., *Large
+    Scale Distributed Deep Networks*, NIPS 2012, section 4.1 and appendix.
 
     Args:
         optimizer: a torch.optim.SGD, which takes the local steps.
@@ -36,9 +51,12 @@ class DistBelief(Worker):
         n_fetch: local steps per fetch, if not `communication_window`.
         gamma: Adagrad's rate; the paper names none, 0.01 is torch's.
         warm_start: rank 0 trains so many steps alone before the others begin.
+        overlap: local steps after which parameters become what was fetched, at most `n_fetch`; the moves of these steps
+            are given up then, but not their gradients. A push that falls due waits for the one before. 0: nothing is
+            done by a thread, nor is it in a warm start. Needs an MPI with threads (THREAD_MULTIPLE).
 
     Raises:
-        ArgumentError: another optimiser; or as `Worker`.
+        ArgumentError: another optimiser; `overlap` together with `max_clock_spread`; or as `Worker`.
     """
 
     _beside: ClassVar[Beside] = Beside(sums=True)
@@ -53,12 +71,13 @@ class DistBelief(Worker):
         n_fetch: int | None = None,
         gamma: float = 0.01,
         warm_start: int = 0,
+        overlap: int = 0,
         max_clock_spread: int | None = None,
         comm: Communicator | None = None,
         buffers: str = "mean",
     ) -> None:
         n_push, n_fetch = (communication_window if n is None else n for n in (n_push, n_fetch))
-        self._gamma, self._n_push, self._n_fetch = gamma, n_push, n_fetch
+        self._gamma, self._n_push, self._n_fetch, self._overlap = gamma, n_push, n_fetch, overlap
         super().__init__(
             optimizer,
             model,
@@ -70,25 +89,47 @@ class DistBelief(Worker):
             or checks.whole("n_push", n_push, least=1)
             or checks.whole("n_fetch", n_fetch, least=1)
             or checks.positive("gamma", gamma)
-            or checks.whole("warm_start", warm_start, least=0),
-            hyperparameters={"n_push": n_push, "n_fetch": n_fetch, "gamma": gamma, "warm_start": warm_start},
+            or checks.whole("warm_start", warm_start, least=0)
+            or checks.whole("overlap", overlap, least=0),
+            hyperparameters={
+                **{"n_push": n_push, "n_fetch": n_fetch, "gamma": gamma},
+                **{"warm_start": warm_start, "overlap": overlap},
+            },
         )
         self._accrued = np.zeros_like(self._start)
         self._since_fetch = 0  # local steps
+        self._commits = 0  # of its own, refused ones left out
+        self._others = self._clock  # others' commits that the parameters know of
+        self._base = self._clock  # and those that the oldest gradient does, of what is pushed next
+        self._errands = Errands(type(self).__name__) if overlap else None
+        self._under_way: Errand[_Done] | None = None
+        self._awaited = False  # whether a fetch was begun and is not taken over yet
+        self._fetched: tuple[Flat, int, int] | None = None  # center, clock, others' commits in it; not yet taken over
         first = self._ranks.rank == 0
         self._warm = WarmStart(warm_start, model, self._server.clock, self._server.look, self._pull, leads=first)
 
+    def _describe(self) -> dict[str, Any]:
+        overlapping.check(self._overlap, "n_fetch", self._n_fetch, self._spread)
+        return super()._describe()
+
     def _local_step(self) -> None:
         self._warm.join()  # a model whose forward was not called did not wait there
+        if self._steps == 0:
+            self._base = self._others
         self._accrued += self._gradients()
         self._inner.step()
         self._since_fetch += 1
 
     def _exchange_if_due(self) -> None:
+        started = time.perf_counter()
+        if self._awaited and self._since_fetch == self._overlap:
+            self._settle()
         push, fetch = self._steps == self._n_push, self._since_fetch == self._n_fetch
-        if push or fetch:
+        if (push or fetch) and self._errands is not None and not self._warm.leading:
+            self._begin_beside(self._errands, push=push, fetch=fetch)
+            self.statistics.seconds_communicating += time.perf_counter() - started
+        elif push or fetch:
             with self._turn():
-                started = time.perf_counter()
                 self._meet()
                 if push:
                     self._push(fetch)
@@ -111,12 +152,19 @@ class DistBelief(Worker):
             self._pace.after_pull()
 
     def _commit(self) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
-            squares = self._accrued * self._accrued
+        gradient = self._take_accrued()
+        self._count(self._commit_sum(gradient), gradient, self._base)
+
+    def _take_accrued(self) -> Flat:
         gradient, self._accrued = self._accrued, np.zeros_like(self._accrued)
+        return gradient
+
+    def _commit_sum(self, gradient: Flat) -> int | None:
+        """Returns the commit's number; None: it was not made, since it held an infinity or a NaN."""
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+            squares = gradient * gradient
         if not np.isfinite(squares).all():
-            self._refuse_commit()
-            return
+            return None
         number = self._server.clock.begin()
         sums = self._server.add_to_sums(squares)
         sums += squares
@@ -124,12 +172,65 @@ class DistBelief(Worker):
         # A quotient of 1 first, so that the first move is gamma to the last bit; where no gradient ever was, no move.
         delta = np.divide(gradient, sums, out=np.zeros_like(gradient), where=sums > 0)
         delta *= -self._gamma
-        self._server.commit(delta, number=number)
-        self._count_commit(number - self._clock, 2 * delta.nbytes)
+        return self._server.commit(delta, number=number)
+
+    def _count(self, number: int | None, gradient: Flat, base: int) -> None:
+        if number is None:
+            self._refuse_commit()
+            return
+        self._count_commit(number - self._commits - base, 2 * gradient.nbytes)
+        self._commits += 1
 
     def _pull(self) -> tuple[int, Flat]:
         self._since_fetch = 0
-        return super()._pull()
+        pulled = super()._pull()
+        self._others = self._clock - self._commits
+        return pulled
+
+    def _begin_beside(self, errands: Errands, *, push: bool, fetch: bool) -> None:
+        """Lets the thread push and fetch, after what it was asked for before."""
+        self._end_errand()
+        self._server.look()
+        gradient, base = self._take_accrued() if push else None, self._base
+        center = self._new() if fetch else None
+        self._under_way = errands.start(lambda: self._exchange_beside(gradient, base, center))
+        if push:
+            self._steps = 0
+        if fetch:
+            self._since_fetch, self._awaited = 0, True
+
+    def _exchange_beside(self, gradient: Flat | None, base: int, center: Flat | None) -> _Done:
+        """What the thread does; meanwhile nobody else uses the server."""
+        with self._turn():
+            self._pass_wish_on()
+            number = None if gradient is None else self._commit_sum(gradient)
+            clock = 0 if center is None else self._server.pull(center)
+            return _Done(gradient, base, number, center, clock, self._server.clock.stop_requested())
+
+    def _end_errand(self) -> None:
+        """Waits for the thread; what it has fetched is not taken over yet."""
+        if self._under_way is None:
+            return
+        errand, self._under_way = self._under_way, None
+        done = errand.wait(self._server.look)
+        self.stopping = done.stopping
+        if done.gradient is not None:
+            self._count(done.number, done.gradient, done.base)
+        if done.center is not None:
+            self._fetched = done.center, done.clock, done.clock - self._commits
+
+    def _settle(self) -> None:
+        self._end_errand()
+        if self._fetched is None:
+            return
+        (center, self._clock, self._others), self._fetched, self._awaited = self._fetched, None, False
+        self.statistics.bytes += center.nbytes
+        self._start_from(center, given=True)
+
+    def _end_threads(self) -> None:
+        if self._errands is not None:
+            self._errands.end()
+        super()._end_threads()
 
     def _gradients(self) -> Flat:
         """Returns this step's gradients, flat, weight decay included; 0 for a parameter that was not used."""

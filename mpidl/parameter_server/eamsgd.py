@@ -70,7 +70,7 @@ class EAMSGD(AEASGD):
         if ahead is not None:
             reached += ahead
         self._start_from(reached, given=True)
-        self._memory.give_back(self._views()[0], center)
+        self._give_back(center)
 
     def _ahead(self) -> Flat | None:
         """Returns delta v, flat; None where there is no momentum."""

@@ -42,7 +42,7 @@ class ExclusiveWorker(Worker):
     def _go_on(self, reached: Flat, center: Flat) -> None:
         """Gives the local parameters what the next window starts from; `center` is what the exchange made of it."""
         self._start_from(center, given=True)
-        self._memory.give_back(self._views()[0], reached)
+        self._give_back(reached)
 
     def _commit(self) -> None:
         reached = self._reached()
@@ -62,7 +62,7 @@ class ExclusiveWorker(Worker):
                 kept = False
                 return center
 
-            center = self._memory.take(self._views()[0])
+            center = self._take()
             number, clock = self._server.exchange(change, center)
         if not kept:  # an overflow in the rule itself: those shards stayed as they were
             self._refuse_commit()

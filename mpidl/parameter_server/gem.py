@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mpidl import checks, flat
+from mpidl import checks
 from mpidl.communicator import Communicator
 from mpidl.flat import Flat
 from mpidl.parameter_server import sgd
@@ -73,7 +73,7 @@ class GEM(Worker):
 
     def _commit(self) -> None:
         moved = self._flat() - self._start
-        now = flat.new(self._layout, self._views()[0])
+        now = self._new()
         clock = self._server.pull(now)
         delta = self._matched(moved, now) if np.isfinite(moved).all() else moved
         unseen = 0

@@ -13,7 +13,8 @@ from contextlib import suppress
 import numpy as np
 
 from mpidl import leaving, runtime
-from mpidl.post import HelpEndedError, Post
+from mpidl.errands import HelpEndedError
+from mpidl.post import Post
 from mpidl.topology import Topology
 from mpidl.waiting import Attention
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpidl import errands
 from mpidl.flat import Few, Flat
 from mpidl.parameter_server import protocols, sharded_array
 from mpidl.parameter_server.clock import Clock
@@ -216,9 +217,11 @@ class Server:
         """Looks for ranks that have died; between exchanges nothing else would tell.
 
         Raises:
+            HelpEndedError: on a thread for errands that is to end.
             RankFailedError: a rank that holds a shard, or works, is gone.
         """
-        self._lookout.look(f"{self._name} cannot go on ({self._where})")
+        if not errands.under_way():  # who waits for an errand looks
+            self._lookout.look(f"{self._name} cannot go on ({self._where})")
 
     def end_progress(self) -> None:
         """Ends the helper thread, where there is one; harmless the second time."""

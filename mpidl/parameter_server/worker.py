@@ -13,22 +13,21 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from mpidl import checks, flat, leaving
 from mpidl.communicator import Communicator
 from mpidl.errors import RankFailedError
 from mpidl.flat import Flat
-from mpidl.optimizer import DistributedOptimizer
 from mpidl.parameter_server import replay
+from mpidl.parameter_server.flat_parameters import FlatParameters
 from mpidl.parameter_server.pace import Pace
 from mpidl.parameter_server.replay import Replay
 from mpidl.parameter_server.server import Beside, Server
 from mpidl.parameter_server.statistics import Statistics
 
 
-class Worker(DistributedOptimizer):
+class Worker(FlatParameters):
     """Base of the asynchronous optimisers.
 
     The inner optimiser's state (momentum, moments) is this worker's own and is kept across pulls.
@@ -74,9 +73,7 @@ class Worker(DistributedOptimizer):
         )
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
-        self._orders = flat.orders_of(self._held)
-        self._layout = flat.layout_of(self._held, self._orders)
-        self._memory = flat.Memory(self._layout)
+        self._lay_out()
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
         self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
         look = self._server.look
@@ -116,12 +113,18 @@ class Worker(DistributedOptimizer):
         """Makes the local parameters what the next window starts from, if `_commit` did not."""
         self._pull()
 
+    def _settle(self) -> None:
+        """Waits for an exchange that is under way, and gives it its effect; most rules have none."""
+
     def own_state(self) -> dict[str, Flat]:
         """Returns what this worker keeps between exchanges besides the inner optimiser's state, as flat arrays.
 
         After `finish()`, what it was when all was committed and the center not yet pulled.
         """
-        return self._last_own if self._finished else self._own()
+        if self._finished:
+            return self._last_own
+        self._settle()
+        return self._own()
 
     def _own(self) -> dict[str, Flat]:
         return {}
@@ -157,25 +160,16 @@ class Worker(DistributedOptimizer):
         """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there."""
         if self._last is not None:
             return self._last
-        pulled = flat.new(self._layout, self._held[0][1].detach())
+        self._settle()
+        pulled = self._new()
         return self._server.pull(pulled), pulled
 
     def sums(self) -> Flat | None:
         """Returns a copy of what lies beside the center (Adagrad's sums), flat, or None; one-sided."""
-        return self._last_sums if self._last is not None else self._server.sums()
-
-    def named(self, center: Flat) -> dict[str, torch.Tensor]:
-        """Returns the parts of a flat center by parameter name, in the parameters' dtypes, on their device.
-
-        Args:
-            center: as `snapshot` gave it.
-        """
-        dense = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views()]
-        flat.unpack(self._layout, center, dense)
-        return {
-            name: one.permute(tuple(np.argsort(order))).clone()
-            for (name, _), one, order in zip(self._held, dense, self._orders, strict=True)
-        }
+        if self._last is not None:
+            return self._last_sums
+        self._settle()
+        return self._server.sums()
 
     def restore(self, clock: int, center: Flat | None = None, sums: Flat | None = None) -> None:
         """Makes a run go on from a saved center; a collective before the first step.
@@ -208,11 +202,16 @@ class Worker(DistributedOptimizer):
         try:
             super().finish()
         finally:
-            self._server.end_progress()  # also if it failed: no thread may go on
+            self._end_threads()  # also if it failed: none may go on
+
+    def _end_threads(self) -> None:
+        self._server.end_progress()
 
     def _close(self) -> None:
+        self._settle()
         if self._steps:
             self._exchange()
+            self._settle()
         self._pace.leave()
         self._ranks.barrier("finish")  # after it every commit has landed: each rank flushed its own
         if self._replay is not None:
@@ -246,6 +245,9 @@ class Worker(DistributedOptimizer):
     def _meet(self) -> None:
         """Begins an exchange: looks for the dead, passes a wish to stop on."""
         self._server.look()
+        self._pass_wish_on()
+
+    def _pass_wish_on(self) -> None:
         if self._stop_wished:
             self._server.clock.request_stop()
             self._stop_wished = False
@@ -272,7 +274,7 @@ class Worker(DistributedOptimizer):
 
     def _pull(self) -> tuple[int, Flat]:
         """Makes the local parameters the center; returns its clock and the center, which may be wider than they are."""
-        pulled = flat.new(self._layout, self._views()[0])
+        pulled = self._new()
         self._clock = self._server.pull(pulled)
         self.statistics.bytes += pulled.nbytes
         self._start_from(pulled)
@@ -291,17 +293,4 @@ class Worker(DistributedOptimizer):
             self._start = values
         else:  # local steps start from what is rounded to the model's dtype; only what they move is committed
             self._start = self._flat()
-        self._memory.give_back(views[0], before, *([values] if given and self._start is not values else []))
-
-    def _like(self, saved: Flat) -> Flat:
-        """Returns a copy from which parameters can be unpacked."""
-        copied = flat.new(self._layout, self._views()[0])
-        copied[:] = saved
-        return copied
-
-    def _flat(self) -> Flat:
-        views = self._views()
-        return flat.pack(self._layout, views, self._memory.take(views[0]))
-
-    def _views(self) -> list[torch.Tensor]:
-        return flat.views(self._held, self._orders)
+        self._give_back(before, *([values] if given and self._start is not values else []))

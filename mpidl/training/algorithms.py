@@ -32,12 +32,13 @@ class Algorithm:
         return own if self.synchronous else {**own, "max_clock_spread": settings.max_clock_spread}
 
 
+_OVERLAP = {"overlap": int}
 _ELASTIC = {"beta": float, "rho": float, "learning_rate": float}
 BY_NAME = {
     "synchronous": Algorithm("Synchronous", "mean gradient by allreduce", synchronous=True),
-    "downpour": Algorithm("Downpour", "workers commit what their local steps moved"),
-    "agn": Algorithm("AGN", "the mean of these moves"),
-    "dynsgd": Algorithm("DynSGD", "their sum / (staleness + 1)"),
+    "downpour": Algorithm("Downpour", "workers commit what their local steps moved", hyperparameters=_OVERLAP),
+    "agn": Algorithm("AGN", "the mean of these moves", hyperparameters=_OVERLAP),
+    "dynsgd": Algorithm("DynSGD", "their sum / (staleness + 1)", hyperparameters=_OVERLAP),
     "adag": Algorithm("ADAG", "their sum, scaled by distance", hyperparameters={"gamma": float}),
     "aeasgd": Algorithm("AEASGD", "elastic averaging", 10, _ELASTIC),
     "eamsgd": Algorithm("EAMSGD", "the same with Nesterov's momentum", 10, _ELASTIC),
@@ -47,7 +48,7 @@ BY_NAME = {
         "DistBelief",
         "gradients, Adagrad at the server",
         1,
-        {"n_push": int, "n_fetch": int, "gamma": float, "warm_start": int},
+        {"n_push": int, "n_fetch": int, "gamma": float, "warm_start": int, "overlap": int},
     ),
     "model-averaging": Algorithm(
         "ModelAveraging", "local SGD: all parameters are averaged", 16, {"warmup_steps": int}, True, True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -13,6 +15,10 @@ KINDS = {
         *(mpidl.Downpour, mpidl.AGN, mpidl.DynSGD, mpidl.ADAG, mpidl.AEASGD),
         *(mpidl.EAMSGD, mpidl.DCASGD, mpidl.GEM, mpidl.DistBelief),
     )
+}
+BESIDE = {  # by a thread, beside local steps
+    f"{kind.__name__} beside": functools.partial(kind, overlap=1)
+    for kind in (mpidl.Downpour, mpidl.AGN, mpidl.DynSGD, mpidl.DistBelief)
 }
 ELEMENTS = 1000
 

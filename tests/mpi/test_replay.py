@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bed import FOLDER
-from family_helpers import KINDS, sgd
+from family_helpers import BESIDE, KINDS, sgd
 from training_helpers import abandon, batch, loss_of, mlp
 
 import mpidl
@@ -44,15 +44,15 @@ def train(comm, kind, steps, pauses, **given):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), dict(optimizer.statistics.staleness)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS | BESIDE)
 def test_a_run_that_follows_a_log_ends_with_the_same_bits(world_comm, log, name):
     comm = world_comm
-    more = {"n_fetch": 3} if name == "DistBelief" else {}
-    first, staleness = train(comm, KINDS[name], 5, 1, **more)
+    more, kind = {"n_fetch": 3} if name.startswith("DistBelief") else {}, (KINDS | BESIDE)[name]
+    first, staleness = train(comm, kind, 5, 1, **more)
     order = json.loads(log.read_text())["order"]
     # Every exchange of every worker once; a fetch of DistBelief that meets no push is one too.
     assert set(order) == set(range(comm.size)) and len(order) >= comm.size * 3
-    again, same = train(comm, KINDS[name], 5, 2, **more)
+    again, same = train(comm, kind, 5, 2, **more)
     assert torch.equal(first, again)
     assert staleness == same
     assert json.loads(log.read_text())["order"] == order

@@ -45,7 +45,7 @@ def test_what_is_set_reaches_the_class_as_numbers():
     [
         ({"algorithm": "adag", "hyperparameters": ("gamma",)}, "--set gamma: expected NAME=VALUE"),
         ({"algorithm": "adag", "hyperparameters": ("beta=1",)}, "--algorithm adag has gamma"),
-        ({"algorithm": "agn", "hyperparameters": ("beta=1",)}, "--algorithm agn has none"),
+        ({"algorithm": "agn", "hyperparameters": ("beta=1",)}, "--algorithm agn has overlap"),
         ({"algorithm": "distbelief", "hyperparameters": ("n_push=2.5",)}, "n_push=2.5: expected a whole number"),
         ({"algorithm": "adag", "hyperparameters": ("gamma=x",)}, "gamma=x: expected a number"),
         ({"algorithm": "adag", "hyperparameters": ("gamma=1", "gamma=2")}, "gamma was given before"),

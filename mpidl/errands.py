@@ -1,0 +1,93 @@
+"""Calls that a thread of its own makes while the main thread computes, one after the other.
+
+Who waits for one looks around for the dead meanwhile: on that thread `look` must not, since only one thread at a time
+may receive what ranks tell each other. What is called is the business of who asks for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+Result = TypeVar("Result")
+_LOOK_EVERY = 0.02  # seconds
+_LAST_MOMENT = 1.0  # seconds that a call has to notice that nobody waits for it any more
+
+
+class HelpEndedError(Exception):
+    """A helper thread was to end while it waited."""
+
+
+class Errand(Generic[Result]):
+    """One call."""
+
+    def __init__(self, call: Callable[[], Result]) -> None:
+        self._call = call
+        self._done = threading.Event()
+        self._result: Result
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Makes the call, on the thread that does errands."""
+        try:
+            self._result = self._call()
+        except BaseException as error:  # it is who waits that it concerns
+            self._error = error
+        self._done.set()
+
+    def wait(self, look: Callable[[], None]) -> Result:
+        """Returns what the call returned, or raises what it raised; `look` is called now and then meanwhile."""
+        while not self._done.wait(_LOOK_EVERY):
+            look()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class Errands:
+    """A thread for errands; it ends when the main thread has ended, in whatever way, since it is a daemon.
+
+    Args:
+        name: for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._waiting: queue.SimpleQueue[Errand[Any] | None] = queue.SimpleQueue()
+        self._thread = _Runner(self._run, f"mpidl errands of {name}")
+        self._thread.start()
+
+    def start(self, call: Callable[[], Result]) -> Errand[Result]:
+        """Has `call` made, after those that were asked for before."""
+        errand = Errand(call)
+        self._waiting.put(errand)
+        return errand
+
+    def end(self) -> None:
+        """Ends the thread; a call under way is given up where it waits. Harmless the second time."""
+        self._thread.given_up = True
+        self._waiting.put(None)
+        self._thread.join(_LAST_MOMENT)  # one that is inside MPI stays there, and the job is about to be aborted
+
+    def _run(self) -> None:
+        while (errand := self._waiting.get()) is not None:
+            errand.run()
+
+
+class _Runner(threading.Thread):
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        super().__init__(target=target, name=name, daemon=True)
+        self.given_up = False
+
+
+def under_way() -> bool:
+    """Returns whether this is the thread of some errands.
+
+    Raises:
+        HelpEndedError: it is, and nobody waits for what it does any more.
+    """
+    thread = threading.current_thread()
+    if isinstance(thread, _Runner) and thread.given_up:
+        raise HelpEndedError
+    return isinstance(thread, _Runner)
