@@ -29,7 +29,7 @@ HEADERS, VALUES, ANSWERS = 11, 12, 13  # tags
 PIECE = 1 << 15  # elements
 AHEAD = 3  # pieces of a letter under way at a time: with more, over TCP, Open MPI uses two thirds of a slow link
 _YIELDING = 1e-2  # seconds without news after which a waiting worker sleeps between two looks
-_PAUSE = 5e-5
+_PAUSE = 2e-4
 
 
 def pieces(count: int) -> Iterable[slice]:

@@ -192,7 +192,7 @@ class DistBelief(Worker):
         self._end_errand()
         self._server.look()
         gradient, base = self._take_accrued() if push else None, self._base
-        center = self._new() if fetch else None
+        center = self._take() if fetch else None
         self._under_way = errands.start(lambda: self._exchange_beside(gradient, base, center))
         if push:
             self._steps = 0
