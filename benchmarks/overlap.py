@@ -1,10 +1,10 @@
-"""What a step of asynchronous training costs beside the local one: exchanges that are waited for, and ones that a thread
-makes beside the next local step (`overlap`).
+"""What a step of asynchronous training costs beside the local one: exchanges that are waited for, and ones that a
+thread makes beside the next local step (`overlap`).
 
     tests/slurm/cluster.sh --rate 1gbit -- srun --mpi=pmi2 -N2 --ntasks-per-node=1 python benchmarks/overlap.py
 
-Local steps alone, then each way, round after round; a step is the median of a round's. Prints the median and the quartiles
-over the rounds, of the slowest rank, and the share of the exchange that `overlap` hides.
+Local steps alone, then each way, round after round; a step is the median of a round's. Prints the median and the
+quartiles over the rounds, of the slowest rank, and what a worker waits for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ import mpidl
 WIDTH = 1600  # of four square layers: 10.2 M parameters
 WAYS: dict[str, Callable[..., torch.optim.Optimizer] | None] = {
     "local steps alone": None,
-    "Downpour": lambda inner, model: mpidl.Downpour(inner, model, communication_window=1),
-    "Downpour, overlap=1": lambda inner, model: mpidl.Downpour(inner, model, communication_window=1, overlap=1),
-    "DistBelief": lambda inner, model: mpidl.DistBelief(inner, model),
-    "DistBelief, overlap=1": lambda inner, model: mpidl.DistBelief(inner, model, overlap=1),
+    "Downpour": partial(mpidl.Downpour, communication_window=1),
+    "Downpour, overlap=1": partial(mpidl.Downpour, communication_window=1, overlap=1),
+    "DistBelief": mpidl.DistBelief,
+    "DistBelief, overlap=1": partial(mpidl.DistBelief, overlap=1),
 }
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="[default: %(default)s]")
     parser.add_argument("--steps", type=int, default=5, help="of a round, each way [default: %(default)s]")
-    parser.add_argument("--batch", type=int, default=256, help="samples: how long a local step takes [default: %(default)s]")
+    parser.add_argument("--batch", type=int, default=256, help="samples [default: %(default)s]")
     given = parser.parse_args()
     if min(given.rounds, given.steps, given.batch) < 1:
         parser.error("--rounds, --steps and --batch are 1 or more")
@@ -63,7 +64,8 @@ def main() -> None:
             mine = np.array([1e3 * step_seconds(way, given.steps, given.batch)])
             seconds.append(float(comm.allreduce(mine, op="max")[0]))
     if comm.rank == 0:
-        print(f"{comm.size} ranks on {comm.nodes} node(s), torch threads {torch.get_num_threads()}, milliseconds a step:")
+        threads = torch.get_num_threads()
+        print(f"{comm.size} ranks on {comm.nodes} node(s), torch threads {threads}, milliseconds a step:")
         for way, seconds in found.items():
             low, middle, high = np.percentile(seconds, [25, 50, 75])
             print(f"  {way}: {middle:.0f} ({low:.0f} - {high:.0f})")

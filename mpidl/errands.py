@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from mpidl.errors import ClosedError
+
 Result = TypeVar("Result")
 _LOOK_EVERY = 0.02  # seconds
 _LAST_MOMENT = 1.0  # seconds that a call has to notice that nobody waits for it any more
@@ -37,6 +39,11 @@ class Errand(Generic[Result]):
             self._error = error
         self._done.set()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has returned, or raised."""
+        return self._done.is_set()
+
     def wait(self, look: Callable[[], None]) -> Result:
         """Returns what the call returned, or raises what it raised; `look` is called now and then meanwhile."""
         while not self._done.wait(_LOOK_EVERY):
@@ -59,7 +66,13 @@ class Errands:
         self._thread.start()
 
     def start(self, call: Callable[[], Result]) -> Errand[Result]:
-        """Has `call` made, after those that were asked for before."""
+        """Has `call` made, after those that were asked for before.
+
+        Raises:
+            ClosedError: `end` was called.
+        """
+        if self._thread.given_up:
+            raise ClosedError("an exchange beside local steps: finish() was called, and its thread has ended")
         errand = Errand(call)
         self._waiting.put(errand)
         return errand

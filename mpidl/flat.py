@@ -132,7 +132,8 @@ def shift(layout: Layout, tensors: list[torch.Tensor], before: Flat, after: Flat
         layout, tensors: as `pack`.
         before, after: flat; `before` is overwritten.
     """
-    in_place = is_whole(layout, tensors) and arrays.view(tensors[0]).device == "cpu"
+    on_cpu = arrays.view(tensors[0]).device == "cpu"
+    in_place = on_cpu and is_whole(layout, tensors) and all(tensor.is_contiguous() for tensor in tensors)
     moved = pack(layout, tensors) if not in_place else before
     for place, now in _pieces(layout, parts(layout, moved) if not in_place else tensors, before):
         by = np.subtract(after[place], before[place], out=before[place])

@@ -88,7 +88,7 @@ class DeltaWorker(Worker):
         )
         self._errands = Errands(type(self).__name__) if overlap else None
         self._under_way: _UnderWay | None = None
-        self._sent: _Sent | None = None  # at once, and not yet looked at
+        self._sent: _Sent | None = None  # what it came to, not taken over yet
         self._base = self._clock  # what the number of the next commit is compared with
 
     def _describe(self) -> dict[str, Any]:
@@ -105,24 +105,25 @@ class DeltaWorker(Worker):
 
     def _exchange_if_due(self) -> None:
         if self._under_way is not None and self._steps == self._overlap:
-            started = time.perf_counter()
             self._settle()
-            self.statistics.seconds_communicating += time.perf_counter() - started
         super()._exchange_if_due()
 
     def _exchange(self) -> None:
         if self._errands is None:
             super()._exchange()
             return
-        started = time.perf_counter()
         self._settle()
+        started = time.perf_counter()
         self._server.look()
         reached = self._flat()
         window = self._window(flat.parts(self._layout, reached))
         self._steps = 0
         if window is None:
-            self._refuse_commit()
-            self._pull()
+            with self._turn():
+                self._pass_wish_on()
+                self._refuse_commit()
+                self._pull()
+                self.stopping = self._server.clock.stop_requested()
         else:
             self._under_way = _UnderWay(self._errands.start(lambda: self._send_beside(window)), window, reached)
             self._base = self._clock + 1  # the center that the next steps know, and this commit of its own
@@ -134,19 +135,32 @@ class DeltaWorker(Worker):
             self._pass_wish_on()
             return replace(self._send(window), stopping=self._server.clock.stop_requested())
 
-    def _settle(self) -> None:
-        if self._under_way is None:
+    def _await_exchange(self) -> None:
+        done = self._under_way
+        if done is None or self._sent is not None:
             return
-        done, self._under_way = self._under_way, None
-        sent, views = done.errand.wait(self._server.look), self._views()
-        self._count_commit(sent.staleness, done.window.delta.nbytes + sent.pulled.nbytes)
+        started = time.perf_counter()
+        try:
+            self._sent = done.errand.wait(self._server.look)
+        finally:
+            if done.errand.ended and self._sent is None:  # it failed; one whose wait is broken off goes on
+                self._under_way = None
+        self._count_commit(self._sent.staleness, done.window.delta.nbytes + self._sent.pulled.nbytes)
+        self.stopping = self._sent.stopping
+        self.statistics.seconds_communicating += time.perf_counter() - started
+
+    def _settle(self) -> None:
+        self._await_exchange()
+        if self._under_way is None or self._sent is None:
+            return
+        started, views = time.perf_counter(), self._views()
+        (done, self._under_way), (sent, self._sent) = (self._under_way, None), (self._sent, None)
         if not flat.is_whole(self._layout, views):
             flat.round_like(self._layout, views, sent.pulled)
         flat.shift(self._layout, views, done.reached, sent.pulled)
-        self._start, self._clock, self.stopping = sent.pulled, sent.clock, sent.stopping
-        if self._steps == 0:
-            self._base = self._clock
+        self._start, self._clock = sent.pulled, sent.clock
         self._give_back(done.window.delta, done.window.start, done.reached)
+        self.statistics.seconds_communicating += time.perf_counter() - started
 
     def _commit(self) -> None:
         window = self._window(self._views())

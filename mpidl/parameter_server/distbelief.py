@@ -121,14 +121,13 @@ class DistBelief(Worker):
         self._since_fetch += 1
 
     def _exchange_if_due(self) -> None:
-        started = time.perf_counter()
         if self._awaited and self._since_fetch == self._overlap:
             self._settle()
         push, fetch = self._steps == self._n_push, self._since_fetch == self._n_fetch
         if (push or fetch) and self._errands is not None and not self._warm.leading:
             self._begin_beside(self._errands, push=push, fetch=fetch)
-            self.statistics.seconds_communicating += time.perf_counter() - started
         elif push or fetch:
+            started = time.perf_counter()
             with self._turn():
                 self._meet()
                 if push:
@@ -189,7 +188,8 @@ class DistBelief(Worker):
 
     def _begin_beside(self, errands: Errands, *, push: bool, fetch: bool) -> None:
         """Lets the thread push and fetch, after what it was asked for before."""
-        self._end_errand()
+        self._await_exchange()
+        started = time.perf_counter()
         self._server.look()
         gradient, base = self._take_accrued() if push else None, self._base
         center = self._take() if fetch else None
@@ -198,6 +198,7 @@ class DistBelief(Worker):
             self._steps = 0
         if fetch:
             self._since_fetch, self._awaited = 0, True
+        self.statistics.seconds_communicating += time.perf_counter() - started
 
     def _exchange_beside(self, gradient: Flat | None, base: int, center: Flat | None) -> _Done:
         """What the thread does; meanwhile nobody else uses the server."""
@@ -207,12 +208,17 @@ class DistBelief(Worker):
             clock = 0 if center is None else self._server.pull(center)
             return _Done(gradient, base, number, center, clock, self._server.clock.stop_requested())
 
-    def _end_errand(self) -> None:
-        """Waits for the thread; what it has fetched is not taken over yet."""
-        if self._under_way is None:
+    def _await_exchange(self) -> None:
+        errand = self._under_way
+        if errand is None:
             return
-        errand, self._under_way = self._under_way, None
-        done = errand.wait(self._server.look)
+        started = time.perf_counter()
+        try:
+            done = errand.wait(self._server.look)
+        finally:
+            if errand.ended:  # one whose wait is broken off goes on
+                self._under_way = None
+        self.statistics.seconds_communicating += time.perf_counter() - started
         self.stopping = done.stopping
         if done.gradient is not None:
             self._count(done.number, done.gradient, done.base)
@@ -220,12 +226,14 @@ class DistBelief(Worker):
             self._fetched = done.center, done.clock, done.clock - self._commits
 
     def _settle(self) -> None:
-        self._end_errand()
+        self._await_exchange()
         if self._fetched is None:
             return
+        started = time.perf_counter()
         (center, self._clock, self._others), self._fetched, self._awaited = self._fetched, None, False
         self.statistics.bytes += center.nbytes
         self._start_from(center, given=True)
+        self.statistics.seconds_communicating += time.perf_counter() - started
 
     def _end_threads(self) -> None:
         if self._errands is not None:
@@ -252,7 +260,8 @@ class DistBelief(Worker):
     def _own(self) -> dict[str, Any]:
         if not self._since_fetch:
             return {}
-        return {"parameters": self._flat(), "since_fetch": np.array([self._since_fetch])}
+        parameters = self._flat() if self._fetched is None else self._fetched[0].copy()
+        return {"parameters": parameters, "since_fetch": np.array([self._since_fetch])}
 
     def restore_own_state(self, saved: Mapping[str, Flat]) -> None:
         if "parameters" in saved:

@@ -21,7 +21,7 @@ def check(overlap: int, period: str, steps: int, max_clock_spread: int | None) -
     if not overlap:
         return
     if overlap > steps:
-        raise ArgumentError(f"overlap={overlap}; expected at most {period}, which is {steps}: then the next one begins")
+        raise ArgumentError(f"overlap={overlap}; expected at most {period}, which is {steps}: the next begins")
     if max_clock_spread is not None:
         raise ArgumentError(
             f"overlap={overlap} and max_clock_spread={max_clock_spread}: one lets exchanges wait for nothing, the other "

@@ -113,8 +113,11 @@ class Worker(FlatParameters):
         """Makes the local parameters what the next window starts from, if `_commit` did not."""
         self._pull()
 
+    def _await_exchange(self) -> None:
+        """Waits for an exchange that is under way; most rules have none."""
+
     def _settle(self) -> None:
-        """Waits for an exchange that is under way, and gives it its effect; most rules have none."""
+        """Waits for it, and lets it change the parameters."""
 
     def own_state(self) -> dict[str, Flat]:
         """Returns what this worker keeps between exchanges besides the inner optimiser's state, as flat arrays.
@@ -123,7 +126,7 @@ class Worker(FlatParameters):
         """
         if self._finished:
             return self._last_own
-        self._settle()
+        self._await_exchange()
         return self._own()
 
     def _own(self) -> dict[str, Flat]:
@@ -160,7 +163,7 @@ class Worker(FlatParameters):
         """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there."""
         if self._last is not None:
             return self._last
-        self._settle()
+        self._await_exchange()
         pulled = self._new()
         return self._server.pull(pulled), pulled
 
@@ -168,7 +171,7 @@ class Worker(FlatParameters):
         """Returns a copy of what lies beside the center (Adagrad's sums), flat, or None; one-sided."""
         if self._last is not None:
             return self._last_sums
-        self._settle()
+        self._await_exchange()
         return self._server.sums()
 
     def restore(self, clock: int, center: Flat | None = None, sums: Flat | None = None) -> None:
@@ -190,7 +193,7 @@ class Worker(FlatParameters):
         return self._steps == 0
 
     def request_stop(self) -> None:
-        """Asks all workers to stop; each sees `stopping` become True at its next commit."""
+        """Asks all workers to stop; each sees `stopping` become True at its next commit, or when that ended."""
         self._stop_wished = True
 
     def finish(self) -> None:

@@ -76,8 +76,9 @@ class Subject:
 
     def exchanged(self) -> dict[str, Any]:
         """The part of it that an exchange with the others changes."""
+        own = self.way.own_state()  # first: it waits for an exchange that is under way, which is counted then
         statistics = dict(vars(self.way.optimizer.statistics))
         return {
-            "own": self.way.own_state(),
+            "own": own,
             "statistics": {k: dict(v) if isinstance(v, Mapping) else v for k, v in statistics.items()},
         }

@@ -1,4 +1,6 @@
-"""Exchanges beside local steps (`overlap`): what they do to the last bit, how stale they are, what they hide and refuse."""
+"""Exchanges beside local steps (`overlap`): what they do to the last bit, how stale they are, what they hide, what
+they refuse.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from family_helpers import BESIDE, ELEMENTS, KINDS, Bowl, Slope, center_of, ever
 from training_helpers import batch, loss_of, mlp
 
 import mpidl
-from mpidl.errors import ArgumentError
+from mpidl import flat
+from mpidl.errors import ArgumentError, ClosedError
 from mpidl.parameter_server.server import Server
 
 WITH_OTHERS = True
@@ -149,7 +152,7 @@ def test_no_commit_is_lost_or_doubled(comm, name):
     """Whole numbers, as fast as all can: the center is the sum of all commits, and each has a number of its own."""
     model, steps = Slope(comm.rank), 40
     lr, window = 1.0, {"communication_window": 2}
-    numbers = []
+    numbers, applied = [], []
     optimizer = BESIDE[name](sgd(model, lr), model, comm=comm, **window)
     begin = optimizer._server.clock.begin
 
@@ -158,6 +161,9 @@ def test_no_commit_is_lost_or_doubled(comm, name):
         return numbers[-1]
 
     optimizer._server.clock.begin = counted
+    if name == "DynSGD beside":
+        scale = optimizer._scale
+        optimizer._scale = lambda staleness: applied.append(scale(staleness)) or applied[-1]
     for _ in range(steps):
         one_step(model, optimizer)
     optimizer.finish()
@@ -167,6 +173,9 @@ def test_no_commit_is_lost_or_doubled(comm, name):
     ranks = np.arange(1, comm.size + 1)
     if name == "Downpour beside":
         assert np.array_equal(weight(model), -np.arange(ELEMENTS) * float(steps * ranks.sum()))
+    if name == "DynSGD beside":
+        sums = everyone(comm, np.array([sum(applied)])).ravel()
+        np.testing.assert_allclose(weight(model), -2.0 * np.arange(ELEMENTS) * (sums @ ranks), rtol=1e-12)
     if name == "DistBelief beside":
         assert np.array_equal(optimizer.sums(), np.arange(ELEMENTS) ** 2.0 * (ranks**2).sum() * 4 * (steps // 2))
 
@@ -224,9 +233,14 @@ def test_narrow_and_mixed_dtypes(comm, name):
     optimizer = BESIDE[name](sgd(model, 0.01), model, communication_window=2, comm=comm)
     for _ in range(5):
         optimizer.zero_grad()
-        x = torch.randn(2, 3, 5, 5).bfloat16().to(memory_format=torch.channels_last)
+        x = torch.randn(2, 3, 5, 5).mul(1 + comm.rank).bfloat16().to(memory_format=torch.channels_last)
         model[1](model[0](x).float()).square().mean().backward()
         optimizer.step()
+    comm.barrier()
+    optimizer._settle()
+    rounded = optimizer._start.copy()
+    flat.round_like(optimizer._layout, optimizer._views(), rounded)
+    assert np.array_equal(rounded, optimizer._start)  # or rounding would be committed as if it were a step
     optimizer.finish()
     weights = everyone(comm, torch.cat([p.detach().float().flatten() for p in model.parameters()]).numpy())
     assert np.isfinite(weights).all() and (weights == weights[0]).all()
@@ -248,18 +262,90 @@ def test_what_the_thread_meets_reaches_who_waits_for_it(comm, monkeypatch):
     optimizer.finish()
 
 
+class Cut(torch.nn.Module):
+    """A parameter that lies in memory with gaps."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.weight = torch.nn.Parameter(whole[:, :5])
+
+    def forward(self):
+        return (self.weight - 1).square().sum() / 2
+
+
+def test_parameters_with_gaps_move_as_others_do(comm):
+    found = []
+    for make in (torch.clone, lambda whole: whole):
+        model = Cut(torch.zeros(4, 9))
+        model.weight.data = make(model.weight.data)
+        optimizer = mpidl.Downpour(sgd(model, 0.1), model, communication_window=1, overlap=1, comm=comm)
+        in_turns(comm, model, optimizer, 5)
+        found.append(weight(model))
+        comm.barrier()
+        optimizer.finish()
+    assert np.array_equal(*found)
+
+
+def test_a_wait_that_is_broken_off_commits_nothing_twice(comm, monkeypatch):
+    """Ctrl-C while the thread is at it: its window has been committed all the same when it ends."""
+    model, slow = Slope(comm.rank), Server.commit_and_pull
+
+    def slower(*args, **given):
+        time.sleep(0.3)
+        return slow(*args, **given)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    optimizer = mpidl.Downpour(sgd(model, 1.0), model, communication_window=1, overlap=1, comm=comm)
+    with monkeypatch.context() as patched:
+        patched.setattr(Server, "commit_and_pull", slower)
+        one_step(model, optimizer)
+        patched.setattr(optimizer._server, "look", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one_step(model, optimizer)
+    optimizer.finish()
+    steps = 2.0 * comm.size * (comm.size + 1) / 2
+    assert np.array_equal(weight(model), -np.arange(ELEMENTS) * steps)
+    assert optimizer.statistics.commits == 2
+    with pytest.raises(ClosedError, match="its thread has ended"):
+        optimizer._errands.start(lambda: None)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_wish_to_stop_reaches_a_worker_whose_commits_are_refused(comm, name):
+    model = Slope(comm.rank)
+    optimizer = BESIDE[name](sgd(model, 1.0), model, communication_window=2, comm=comm)
+    deadline = time.monotonic() + 30
+    while not optimizer.stopping and time.monotonic() < deadline:
+        if comm.rank == comm.size - 1 and optimizer.statistics.steps == 6:
+            optimizer.request_stop()
+        optimizer.zero_grad()
+        model().backward()
+        if comm.rank == comm.size - 1:
+            model.weight.grad[3] = float("nan")
+        optimizer.step()
+        time.sleep(0.001)
+    assert optimizer.stopping
+    optimizer.finish()
+    assert optimizer.statistics.commits == 0 or comm.rank < comm.size - 1
+
+
 def test_reading_the_center_ends_what_is_under_way(comm):
     model = Slope(comm.rank)
     optimizer = mpidl.Downpour(sgd(model, 1.0), model, communication_window=2, overlap=2, comm=comm)
     for _ in range(2):
         one_step(model, optimizer)
     comm.barrier()
+    before = weight(model)
     clock, center = optimizer.center()
     assert optimizer.statistics.commits == 1
     comm.barrier()
     assert 1 <= clock <= comm.size
-    assert np.array_equal(everyone(comm, center_of(optimizer))[0], -2.0 * np.arange(ELEMENTS) * comm.size * (comm.size + 1) / 2)
+    together = -np.arange(ELEMENTS) * float(comm.size * (comm.size + 1))
+    assert np.array_equal(center_of(optimizer), together)
     assert set(center) == {"weight"}
+    assert np.array_equal(weight(model), before)  # who reads changes nothing
     comm.barrier()
     optimizer.finish()
 

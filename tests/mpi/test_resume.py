@@ -385,6 +385,24 @@ def test_one_asynchronous_worker_that_was_stopped_ends_bit_for_bit_as_if_it_had_
     world_comm.barrier()
 
 
+@pytest.mark.parametrize("algorithm", ["downpour", "distbelief"])
+def test_a_run_that_exchanges_beside_local_steps_is_saved_whole(world_comm, folder, algorithm):
+    """What is under way when it is saved is in the center, and counted."""
+    if world_comm.rank == 0:
+        changed = {"algorithm": algorithm, "communication_window": 3, "job_options": FAMILY[algorithm]}
+        changed["hyperparameters"] = ("overlap=2",)
+        with some_ranks(world_comm, 1) as comm:
+            train(comm, folder / "whole", **changed)
+            train(comm, folder / "run", 5, **changed)
+            stopped, own = content(newest(folder / "run")), content(worker(folder / "run", 0))["local.pt"]["statistics"]
+            train(comm, folder / "run", resume=True, **changed)
+        assert own["commits"] == sum(own["staleness"].values()) == stopped["place"]["clock"] > 0
+        if algorithm == "downpour":  # whose commits add up to the same, however long the windows are
+            found, expected = (content(newest(folder / name))["model"] for name in ("run", "whole"))
+            assert_equal(found, expected)
+    world_comm.barrier()
+
+
 @pytest.mark.parametrize("parts", [(2, 4), (3, 1, 3)])
 def test_on_another_number_of_workers_no_commit_is_lost(world_comm, folder, parts):
     clock, before = 0, {}
