@@ -2,7 +2,7 @@
  *
  * A lock is 0, or the mark of its holder. Who waits spins for a moment, gives its core away, then sleeps on the word.
  * An unlock and a sleeper's look at the word are ordered as in flags.h: no waking is lost. A holder that dies leaves
- * its mark, and perhaps half of its block changed: nobody takes such a lock over, the caller is told whose it is.
+ * its mark: the caller is told whose it is, and may take the lock away if the block is whole, which its version tells.
  */
 #include "mpidl_center.h"
 
@@ -17,7 +17,8 @@ static const int64_t STREAMED_BYTES = 1 << 24; /* what is so large is no longer 
 typedef struct {
     _Atomic uint32_t holder;
     _Atomic uint32_t sleepers;
-    char padding[64 - 2 * sizeof(uint32_t)];
+    _Atomic uint64_t version; /* raised before and after each change of the block: odd in between */
+    char padding[64 - 2 * sizeof(uint32_t) - sizeof(uint64_t)];
 } lock;
 
 static int64_t blocks_of(int64_t count, int64_t block) {
@@ -143,9 +144,34 @@ int mpidl_center_move(const mpidl_center *center, mpidl_pass *pass, int64_t pati
         if (!get_lock(one, center, pass, patience)) {
             return 1;
         }
+        if (pass->values) {
+            atomic_fetch_add(&one->version, 1);
+        }
         change(center, pass, elements + at * mpidl_itemsize(center->dtype), pass->done, count);
+        if (pass->values) {
+            atomic_fetch_add(&one->version, 1);
+        }
         unlock(one);
         pass->done += count;
     }
+    return 0;
+}
+
+int mpidl_center_take_away(const mpidl_center *center, const mpidl_pass *pass, uint32_t dead) {
+    int status = check(center, pass);
+    if (status != MPIDL_OK) {
+        return -status;
+    }
+    if (pass->done == pass->count) {
+        return 0;
+    }
+    lock *one = (lock *)center->memory + (pass->start + pass->done) / center->block;
+    if (atomic_load(&one->holder) != dead) {
+        return 0;
+    }
+    if (atomic_load(&one->version) % 2) {
+        return 1;
+    }
+    atomic_compare_exchange_strong(&one->holder, &dead, 0); /* who sleeps on it looks again within a millisecond */
     return 0;
 }

@@ -12,7 +12,7 @@
 #define MPIDL_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes; _native.py refuses a library that answers another number. */
-#define MPIDL_INTERFACE 6
+#define MPIDL_INTERFACE 7
 
 enum mpidl_dtype {
     MPIDL_FLOAT32,

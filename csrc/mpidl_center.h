@@ -42,4 +42,9 @@ MPIDL_API int64_t mpidl_center_nbytes(int64_t count, int64_t block, int dtype);
  */
 MPIDL_API int mpidl_center_move(const mpidl_center *center, mpidl_pass *pass, int64_t patience);
 
+/* Frees the lock at which a pass stopped, if `dead`, a process that is no more, still holds it: 0, or 1 if the block
+ * was being changed when it died, and stays locked; or minus an mpidl_status. Any number of ranks may call it at once.
+ */
+MPIDL_API int mpidl_center_take_away(const mpidl_center *center, const mpidl_pass *pass, uint32_t dead);
+
 #endif

@@ -17,7 +17,7 @@ import cffi
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 
 _LIBRARY = Path(__file__).with_name("_mpidl.so")
-_INTERFACE = 6
+_INTERFACE = 7
 
 # As in csrc/mpidl.h, csrc/mpidl_node.h and csrc/mpidl_center.h.
 ffi = cffi.FFI()
@@ -97,6 +97,7 @@ ffi.cdef(
     } mpidl_pass;
     int64_t mpidl_center_nbytes(int64_t count, int64_t block, int dtype);
     int mpidl_center_move(const mpidl_center *center, mpidl_pass *pass, int64_t patience);
+    int mpidl_center_take_away(const mpidl_center *center, const mpidl_pass *pass, uint32_t dead);
     """
 )
 

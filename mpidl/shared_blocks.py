@@ -1,7 +1,7 @@
 """A variable in memory that the ranks of one node share, cut in blocks with a lock each; the passes are made in C.
 
-What a pass does stands in csrc/mpidl_center.h. A rank that dies inside one leaves its block locked: the others find out
-who it was, and nobody goes on with half a block.
+What a pass does stands in csrc/mpidl_center.h. A rank that dies inside one leaves a block locked: who waits for it
+takes the lock away if the block is whole, and otherwise says who died; nobody goes on with half a block.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mpidl import _native, leaving, shared_memory
-from mpidl.errors import ClosedError
+from mpidl.errors import ClosedError, RankFailedError
 from mpidl.topology import Topology
 
 _BLOCK = 1 << 17  # bytes: with what is added and what is read, three of them stay in a core's cache
@@ -84,6 +84,24 @@ class SharedBlocks:
         self._memory = None
         leaving.closed(self._token)
 
+    def _took_away(self, one: Any) -> bool:
+        """Takes away the lock that a pass waits for, if its holder has died and its block is whole.
+
+        Raises:
+            RankFailedError: it died while it changed the block.
+        """
+        pid = one.waits_for
+        for rank, process in enumerate(self._ranks.placement.processes):
+            if process.pid == pid and process.visible and not process.alive():
+                if _native.library().mpidl_center_take_away(self._center, one, pid):
+                    at = one.start + one.done
+                    raise RankFailedError(
+                        f"rank {rank} (process {pid}) died while it changed {self._name} around element {at}: that "
+                        "part may be changed by half and is not used any more; go on from the last checkpoint"
+                    )
+                return True
+        return False
+
     def _pass(
         self,
         start: int,
@@ -105,6 +123,8 @@ class SharedBlocks:
         while progress := self._move(self._center, one, _PATIENCE):
             if progress < 0:
                 _native.fail(-progress, "the variable", "the variable", 1.0)
+            if self._took_away(one):
+                continue
             self.look()
             if one.done != done:
                 since, done = time.monotonic(), one.done

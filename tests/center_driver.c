@@ -87,6 +87,17 @@ int main(void) {
                 !refused(&workers[0].center, (mpidl_pass){.start = -1, .count = 1}) +
                 (mpidl_center_nbytes(COUNT, BLOCK, MPIDL_INT32) != 0) +
                 (mpidl_center_nbytes(COUNT, 63, MPIDL_FLOAT64) != 0);
+    /* A holder that has died: its lock goes if the block is whole, and only if it is still its own. */
+    _Atomic uint32_t *holder = memory;
+    _Atomic uint64_t *version = (_Atomic uint64_t *)memory + 1;
+    mpidl_pass stopped = {.count = 1};
+    *holder = 99;
+    mistakes += *version % 2 != 0 || *version < ROUNDS * THREADS;
+    mistakes += mpidl_center_take_away(&workers[0].center, &stopped, 98) != 0 || *holder != 99;
+    *version += 1;
+    mistakes += mpidl_center_take_away(&workers[0].center, &stopped, 99) != 1 || *holder != 99;
+    *version += 1;
+    mistakes += mpidl_center_take_away(&workers[0].center, &stopped, 99) != 0 || *holder != 0;
     free(memory);
     printf("%d threads, %d rounds of additions, copies and replacements: %d mistakes\n", THREADS, ROUNDS, mistakes);
     return mistakes ? 1 : 0;

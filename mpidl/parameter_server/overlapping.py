@@ -21,11 +21,11 @@ def check(overlap: int, period: str, steps: int, max_clock_spread: int | None) -
     if not overlap:
         return
     if overlap > steps:
-        raise ArgumentError(f"overlap={overlap}; expected at most {period}, which is {steps}: the next begins")
+        raise ArgumentError(f"overlap={overlap}; expected at most {period}, which is {steps}")
     if max_clock_spread is not None:
         raise ArgumentError(
-            f"overlap={overlap} and max_clock_spread={max_clock_spread}: one lets exchanges wait for nothing, the other "
-            "for the slowest worker: leave one"
+            f"overlap={overlap} and max_clock_spread={max_clock_spread}: one lets a worker wait for nothing, and the "
+            "other for the slowest worker: leave one"
         )
     level = runtime.mpi_description()["thread_level"]
     if level != "multiple":

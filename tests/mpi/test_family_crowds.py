@@ -114,6 +114,23 @@ def test_in_any_order_staleness_is_n_minus_1_on_average(comm, n):
     assert max(staleness) > n - 1
 
 
+def test_a_straggler_is_stale_for_all_and_the_mean_stays(comm):
+    """Of 8 workers one is ten times slower: it misses ten rounds of the others, who miss one of its commits in ten."""
+    n, times = 8, 10
+    with crowd(comm, mpidl.Downpour, n, lr=0.001) as workers:
+        for _ in range(4):
+            for _ in range(times):
+                for turn in range(1, n):
+                    workers.go(turn)
+            workers.go(0)
+        slow, *others = (optimizer.statistics for _, optimizer in workers.workers)
+        commits = sum(one.commits for one in (slow, *others))
+        missed = sum(tau * count for one in (slow, *others) for tau, count in one.staleness.items())
+    assert slow.staleness == Counter({times * (n - 1): 4})
+    assert all(max(one.staleness) == n - 1 and one.mean_staleness < n - 1.8 for one in others)
+    assert missed / commits == pytest.approx(n - 1, abs=0.1)
+
+
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", False), ("float64", True)])
 def test_commits_below_half_an_ulp_are_lost_in_float32_and_kept_in_float64(comm, dtype, kept):
     """The center is float64 where a parameter is: what a crowd of small commits needs, late in training."""

@@ -131,6 +131,25 @@ def test_staleness_is_a_momentum_and_one_more_on_top_of_it_diverges(world_comm):
     assert far(world_comm, mpidl.Downpour, 60, lr / 20, momentum=0.9) < 2  # what remains is a smaller rate
 
 
+def test_an_optimizer_s_state_is_kept_across_pulls_which_is_another_rule_than_to_begin_anew(world_comm):
+    """Documented as chosen: moments and their step count go on; who clears them at each pull trains differently."""
+    comm, found, counts = world_comm, [], []
+    for clears in (False, True):
+        model = Bowl(np.linspace(1.0, 3.0, 4))
+        inner = torch.optim.Adam(model.parameters(), lr=0.1)
+        optimizer = mpidl.AGN(inner, model, communication_window=2, comm=comm)
+        for _ in range(3):
+            in_turns(comm, model, optimizer, 2)
+            counts.append(int(inner.state[model.weight]["step"]))
+            if clears:
+                inner.state.clear()
+        found.append(center_of(optimizer))
+        comm.barrier()
+        optimizer.finish()
+    assert counts == [2, 4, 6, 2, 2, 2]
+    assert (abs(found[0] - found[1]) > 1e-3).all()
+
+
 @pytest.mark.parametrize("rho", [0.5, 2.0])
 def test_elastic_workers_stop_where_spring_and_gradient_balance(world_comm, rho):
     """Thesis, Eq. 2.7: minima differ by worker; each stops |g| / rho from the center, however long it goes on."""

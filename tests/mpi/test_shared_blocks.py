@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import threading
 import time
 
@@ -12,6 +13,7 @@ import pytest
 from mpidl import leaving, shared_blocks, shared_memory
 from mpidl.errors import ArgumentError, ClosedError, RankFailedError, SharedMemoryError
 from mpidl.parameter_server.server import Server
+from mpidl.processes import Process
 from mpidl.window import Plan
 
 WITH_OTHERS = True
@@ -36,6 +38,10 @@ def first_lock(blocks):
     return ctypes.c_uint32.from_address(blocks._center.memory)
 
 
+def version(blocks):
+    return ctypes.c_uint64.from_address(blocks._center.memory + 8)
+
+
 def test_who_waits_for_a_lock_looks_around_says_so_and_goes_on(world_comm, blocks, monkeypatch):
     looks, said, out = [], [], np.empty(COUNT)
     monkeypatch.setattr(shared_blocks, "_SAY_AFTER", 0.05)
@@ -55,8 +61,45 @@ def test_who_waits_for_a_lock_looks_around_says_so_and_goes_on(world_comm, block
     assert (out == sum(range(1, world_comm.size + 1))).all()
 
 
-def test_a_lock_whose_holder_has_died_ends_the_wait(world_comm, blocks):
-    """Its mark is never taken away by others: what it guards may be changed by half."""
+def somebody_is_dead(ranks):
+    """The last rank's process is one that is no more."""
+    placement = ranks.placement
+    gone = Process(SOMEBODY, start=-1, visible=True)
+    ranks.placement = dataclasses.replace(placement, processes=(*placement.processes[:-1], gone))
+
+
+def test_a_lock_whose_holder_has_died_is_taken_away_if_its_block_is_whole(world_comm, blocks):
+    if world_comm.rank == 0:
+        first_lock(blocks).value = SOMEBODY
+    world_comm.barrier()
+    somebody_is_dead(blocks._ranks)
+    blocks.add(0, np.full(COUNT, world_comm.rank + 1.0))
+    world_comm.barrier()
+    out = np.empty(COUNT)
+    blocks.read(0, out)
+    assert (out == sum(range(1, world_comm.size + 1))).all()
+    world_comm.barrier()  # nobody reads any more
+    assert first_lock(blocks).value == 0
+    world_comm.barrier()
+
+
+def test_half_a_block_is_not_gone_on_with(world_comm, blocks):
+    if world_comm.rank == 0:
+        first_lock(blocks).value = SOMEBODY
+        version(blocks).value += 1
+    world_comm.barrier()
+    somebody_is_dead(blocks._ranks)
+    last = world_comm.size - 1
+    with pytest.raises(RankFailedError, match=rf"rank {last} \(process {SOMEBODY}\) died while it changed a variable"):
+        blocks.read(10, np.empty(5))
+    assert first_lock(blocks).value == SOMEBODY
+    blocks.read(COUNT - 5, np.empty(5))  # other blocks are free
+    world_comm.barrier()
+    first_lock(blocks).value = 0
+    world_comm.barrier()
+
+
+def test_who_waits_while_another_rank_dies_hears_of_it(world_comm, blocks):
 
     def dead():
         raise RankFailedError("planted")
