@@ -18,7 +18,7 @@ from mpidl.errors import ArgumentError, ClosedError
 from mpidl.parameter_server.server import Server
 
 WITH_OTHERS = True
-SIZES = (1, 3, (2, 1))
+SIZES = (1, 4, (2, 1))
 START = np.linspace(-1, 2, 7)
 
 

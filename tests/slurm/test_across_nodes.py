@@ -30,8 +30,9 @@ def test_counting_and_staleness_are_exact_across_nodes(cluster: Cluster) -> None
 
 
 def test_histories_replay_and_the_family_across_nodes(cluster: Cluster) -> None:
-    files = ["test_history.py", "test_replay.py", "test_family_together.py"]
+    files = ["test_history.py", "test_replay.py", "test_family_together.py", "test_overlap.py"]
     some = "free_runners or lose_and_tear or sums_of_squares or dynsgd_scales or follows_a_log and (AGN or AEASGD)"
+    some += " or doubled and Downpour"
     for passed in in_ranks(cluster, "family", files, ["-k", some]):
         assert {Path(name.partition("::")[0]).name for name in passed} == set(files)
 
