@@ -7,6 +7,7 @@ finds faster. `MPIDL_CENTER=mail|rma` decides without a trial. What each does is
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -19,16 +20,19 @@ from mpidl.topology import Topology
 NODE, MAIL, RMA = "node", "mail", "rma"
 SWITCH = "MPIDL_CENTER"
 _ANY = ("", MAIL, RMA)
+_HOPELESS = 20.0  # times as slow at its first exchange, in which connections are made, a protocol is not tried again
 _said: set[str] = set()
+Trial = Callable[[str, float], float]
 
 
-def choose(ranks: Topology, everyone: Topology, trial: Callable[[str], float]) -> str:
+def choose(ranks: Topology, everyone: Topology, trial: Trial) -> str:
     """Returns the protocol, alike on all ranks; a collective.
 
     Args:
         ranks: the workers.
         everyone: and their dedicated servers, if they have any.
-        trial: returns the seconds that a protocol takes on this rank; a collective.
+        trial: returns the seconds that a protocol takes on this rank, and gives it up if the first time takes longer
+            than a limit; a collective.
 
     Raises:
         ArgumentError: MPIDL_CENTER makes no sense, or cannot be; alike on all ranks.
@@ -67,9 +71,9 @@ def _all_have_threads(ranks: Topology) -> bool:
     return bool(ranks.gather_words(np.array([has], np.int64), "agreeing on threads").all())
 
 
-def _faster(ranks: Topology, trial: Callable[[str], float]) -> str:
-    mine = np.array([trial(protocol) for protocol in (MAIL, RMA)])
-    mail, rma = ranks.gather_words(mine, "comparing protocols").max(axis=0)
+def _faster(ranks: Topology, trial: Trial) -> str:
+    mail = _slowest(ranks, trial(MAIL, math.inf))
+    rma = _slowest(ranks, trial(RMA, _HOPELESS * mail))
     chosen = MAIL if mail < rma else RMA
     if ranks.rank == 0 and chosen not in _said:
         _said.add(chosen)
@@ -78,6 +82,10 @@ def _faster(ranks: Topology, trial: Callable[[str], float]) -> str:
             f"{rma * 1e3:.1f} ms by rma; {SWITCH} decides otherwise"
         )
     return chosen
+
+
+def _slowest(ranks: Topology, seconds: float) -> float:
+    return float(ranks.gather_words(np.array([seconds]), "comparing protocols").max())
 
 
 def hosts_of(protocol: str, everyone: Topology) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from mpidl import leaving
 from mpidl.errors import ArgumentError, ClosedError
 from mpidl.mail import AFTER, AHEAD, HEADER, PIECE, READ, Letter
 from mpidl.parameter_server import protocols
+from mpidl.parameter_server import server as servers
 from mpidl.parameter_server.progress import Progress
 from mpidl.parameter_server.server import Beside, Server
 from mpidl.post import Post
@@ -37,7 +38,7 @@ def far_ranks(ranks):
     return ranks
 
 
-def never(_):
+def never(*_):
     pytest.fail("a trial was made")
 
 
@@ -63,11 +64,26 @@ def test_between_nodes_the_slowest_rank_of_a_trial_decides_for_all(far_ranks, mo
     monkeypatch.setattr(protocols, "_said", set())
     slow = ranks.rank == ranks.size - 1
     times = {"mail": 0.003 if slow else 0.001, "rma": 0.002}
-    assert protocols.choose(ranks, ranks, times.__getitem__) == "rma"
+    assert protocols.choose(ranks, ranks, lambda one, _: times[one]) == "rma"
     times = {"mail": 0.003, "rma": 0.004 if slow else 0.001}
-    assert protocols.choose(ranks, ranks, times.__getitem__) == "mail"
+    assert protocols.choose(ranks, ranks, lambda one, _: times[one]) == "mail"
     assert (len(said) == 2) == (ranks.rank == 0)
     assert ranks.rank or "took 3.0 ms by mail, 4.0 ms by rma; MPIDL_CENTER decides otherwise" in said[1]
+
+
+def test_a_protocol_whose_first_exchange_is_hopeless_is_not_tried_again(ranks, monkeypatch):
+    slow, calls = Server.commit_and_pull, []
+
+    def slower(*args, **given):
+        calls.append(args)
+        time.sleep(0.05 * (ranks.rank == 0))
+        return slow(*args, **given)
+
+    monkeypatch.setattr(Server, "commit_and_pull", slower)
+    assert servers._trial(ranks, None, "rma", 0.01) > 0
+    assert len(calls) == 1  # on every rank
+    servers._trial(ranks, None, "rma", 60.0)
+    assert len(calls) == 1 + servers._TRIALS
 
 
 def test_a_center_on_two_nodes_is_tried_chosen_and_exact(far_ranks, monkeypatch):
