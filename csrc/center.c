@@ -74,8 +74,8 @@ static bool get_lock(lock *one, const mpidl_center *center, mpidl_pass *pass, in
     return true;
 }
 
-static void unlock(lock *one) {
-    atomic_exchange(&one->holder, 0);
+static void unlock(lock *one, uint32_t mark) {
+    atomic_compare_exchange_strong(&one->holder, &mark, 0); /* should it have been taken away, it is another's now */
     if (atomic_load(&one->sleepers)) {
         syscall(SYS_futex, &one->holder, FUTEX_WAKE, 1, NULL, NULL, 0);
     }
@@ -151,7 +151,7 @@ int mpidl_center_move(const mpidl_center *center, mpidl_pass *pass, int64_t pati
         if (pass->values) {
             atomic_fetch_add(&one->version, 1);
         }
-        unlock(one);
+        unlock(one, center->holder);
         pass->done += count;
     }
     return 0;
@@ -170,7 +170,7 @@ int mpidl_center_take_away(const mpidl_center *center, const mpidl_pass *pass, u
         return 0;
     }
     if (atomic_load(&one->version) % 2) {
-        return 1;
+        return atomic_load(&one->holder) == dead; /* or another took it away meanwhile, and is changing the block */
     }
     atomic_compare_exchange_strong(&one->holder, &dead, 0); /* who sleeps on it looks again within a millisecond */
     return 0;

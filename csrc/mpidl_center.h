@@ -16,7 +16,7 @@ typedef struct {
     int64_t count;   /* elements */
     int64_t block;   /* elements that one lock guards; a multiple of 64 */
     int32_t dtype;   /* MPIDL_FLOAT32 or MPIDL_FLOAT64 */
-    uint32_t holder; /* what this rank's locks are marked with: its process, not 0 */
+    uint32_t holder; /* what this rank's locks are marked with, no other rank's, and not 0 */
 } mpidl_center;
 
 /* One pass over the elements [start, start + count): block by block, under the block's lock, it
@@ -42,7 +42,7 @@ MPIDL_API int64_t mpidl_center_nbytes(int64_t count, int64_t block, int dtype);
  */
 MPIDL_API int mpidl_center_move(const mpidl_center *center, mpidl_pass *pass, int64_t patience);
 
-/* Frees the lock at which a pass stopped, if `dead`, a process that is no more, still holds it: 0, or 1 if the block
+/* Frees the lock at which a pass stopped, if `dead`, whose process is no more, still holds it: 0, or 1 if the block
  * was being changed when it died, and stays locked; or minus an mpidl_status. Any number of ranks may call it at once.
  */
 MPIDL_API int mpidl_center_take_away(const mpidl_center *center, const mpidl_pass *pass, uint32_t dead);

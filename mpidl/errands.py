@@ -40,9 +40,9 @@ class Errand(Generic[Result]):
         self._done.set()
 
     @property
-    def ended(self) -> bool:
-        """Whether it has returned, or raised."""
-        return self._done.is_set()
+    def failed(self) -> bool:
+        """Whether it has raised."""
+        return self._done.is_set() and self._error is not None
 
     def wait(self, look: Callable[[], None]) -> Result:
         """Returns what the call returned, or raises what it raised; `look` is called now and then meanwhile."""

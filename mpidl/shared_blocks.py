@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import mmap
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from mpidl import _native, leaving, shared_memory
 from mpidl.errors import ClosedError, RankFailedError
+from mpidl.processes import Process
 from mpidl.topology import Topology
 
 _BLOCK = 1 << 17  # bytes: with what is added and what is read, three of them stay in a core's cache
@@ -40,7 +40,7 @@ class SharedBlocks:
         self._dtype = np.dtype(dtype)
         address = int(_native.ffi.cast("uintptr_t", _native.ffi.from_buffer(memory)))
         block = _BLOCK // self._dtype.itemsize
-        self._center = _native.ffi.new("mpidl_center *", (address, count, block, _native.DTYPES[dtype], os.getpid()))
+        self._center = _native.ffi.new("mpidl_center *", (address, count, block, _native.DTYPES[dtype], ranks.rank + 1))
         self._token = leaving.opened(f"the shared memory of {name}")
         self._move = _native.library().mpidl_center_move
         self.look: Callable[[], None] = lambda: None  # called while this rank waits; raises if another has died
@@ -90,17 +90,21 @@ class SharedBlocks:
         Raises:
             RankFailedError: it died while it changed the block.
         """
-        pid = one.waits_for
-        for rank, process in enumerate(self._ranks.placement.processes):
-            if process.pid == pid and process.visible and not process.alive():
-                if _native.library().mpidl_center_take_away(self._center, one, pid):
-                    at = one.start + one.done
-                    raise RankFailedError(
-                        f"rank {rank} (process {pid}) died while it changed {self._name} around element {at}: that "
-                        "part may be changed by half and is not used any more; go on from the last checkpoint"
-                    )
-                return True
-        return False
+        holder = self._process(one)
+        if holder is None or holder.alive():
+            return False
+        if _native.library().mpidl_center_take_away(self._center, one, one.waits_for):
+            raise RankFailedError(
+                f"rank {one.waits_for - 1} (process {holder.pid}) died while it changed {self._name} around element "
+                f"{one.start + one.done}: that part may be changed by half and is not used any more; go on from the "
+                "last checkpoint"
+            )
+        return True
+
+    def _process(self, one: Any) -> Process | None:
+        """Returns whose lock a pass waits for; None if it was free again when that was looked at."""
+        processes = self._ranks.placement.processes
+        return processes[one.waits_for - 1] if 0 < one.waits_for <= len(processes) else None
 
     def _pass(
         self,
@@ -128,11 +132,12 @@ class SharedBlocks:
             self.look()
             if one.done != done:
                 since, done = time.monotonic(), one.done
-            elif not said and time.monotonic() - since > _SAY_AFTER:
+            elif not said and one.waits_for and time.monotonic() - since > _SAY_AFTER:
                 said = True
+                holder = self._process(one)
                 leaving.say(
-                    f"rank {self._ranks.rank} has waited {_SAY_AFTER:g} s for process {one.waits_for}, which holds a "
-                    f"part of {self._name}: is it stopped?"
+                    f"rank {self._ranks.rank} has waited {_SAY_AFTER:g} s for rank {one.waits_for - 1} (process "
+                    f"{holder.pid if holder else 0}), which holds a part of {self._name}: is it stopped?"
                 )
 
 

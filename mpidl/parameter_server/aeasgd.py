@@ -84,7 +84,7 @@ class AEASGD(ExclusiveWorker):
         return super()._describe()
 
     def _local_step(self) -> None:
-        if self._steps == self._window_length:
+        if self._steps >= self._window_length:
             refused = self.statistics.refused_commits
             self._exchange()
             if self.statistics.refused_commits > refused:

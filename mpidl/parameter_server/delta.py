@@ -104,7 +104,7 @@ class DeltaWorker(Worker):
         return 1.0
 
     def _exchange_if_due(self) -> None:
-        if self._under_way is not None and self._steps == self._overlap:
+        if self._under_way is not None and self._steps >= self._overlap:
             self._settle()
         super()._exchange_if_due()
 
@@ -143,7 +143,7 @@ class DeltaWorker(Worker):
         try:
             self._sent = done.errand.wait(self._server.look)
         finally:
-            if done.errand.ended and self._sent is None:  # it failed; one whose wait is broken off goes on
+            if done.errand.failed:  # it failed; one whose wait is broken off goes on
                 self._under_way = None
         self._count_commit(self._sent.staleness, done.window.delta.nbytes + self._sent.pulled.nbytes)
         self.stopping = self._sent.stopping

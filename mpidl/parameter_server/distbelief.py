@@ -121,9 +121,9 @@ class DistBelief(Worker):
         self._since_fetch += 1
 
     def _exchange_if_due(self) -> None:
-        if self._awaited and self._since_fetch == self._overlap:
+        if self._awaited and self._since_fetch >= self._overlap:
             self._settle()
-        push, fetch = self._steps == self._n_push, self._since_fetch == self._n_fetch
+        push, fetch = self._steps >= self._n_push, self._since_fetch >= self._n_fetch
         if (push or fetch) and self._errands is not None and not self._warm.leading:
             self._begin_beside(self._errands, push=push, fetch=fetch)
         elif push or fetch:
@@ -215,8 +215,9 @@ class DistBelief(Worker):
         started = time.perf_counter()
         try:
             done = errand.wait(self._server.look)
+            self._under_way = None
         finally:
-            if errand.ended:  # one whose wait is broken off goes on
+            if errand.failed:  # one whose wait is broken off goes on
                 self._under_way = None
         self.statistics.seconds_communicating += time.perf_counter() - started
         self.stopping = done.stopping

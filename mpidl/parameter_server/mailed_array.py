@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.errors import ClosedError
+from mpidl import leaving
+from mpidl.errors import ClosedError, RankFailedError
 from mpidl.flat import Few, Flat
 from mpidl.mail import ADD, AFTER, BEFORE, HEADER, NOTHING, READ, REPLACE, Letter, wait
 from mpidl.parameter_server.sharding import Shard, runs
@@ -151,6 +152,8 @@ class MailedArray:
         """Collects letters and waits for them at the end; half-way out of it no further one can be written."""
         letters, channel = list[Letter](), self._post.ranks.channel
         if channel.given_up is not None:
+            if failed := leaving.thread_failure():  # of the helper: it knows who died
+                raise RankFailedError(f"the center takes no further calls: {failed}")
             raise ClosedError(f"the center takes no further calls: {channel.given_up}")
         try:
             yield letters

@@ -20,7 +20,8 @@ from mpidl.topology import Topology
 NODE, MAIL, RMA = "node", "mail", "rma"
 SWITCH = "MPIDL_CENTER"
 _ANY = ("", MAIL, RMA)
-_HOPELESS = 20.0  # times as slow at its first exchange, in which connections are made, a protocol is not tried again
+_HOPELESS = 20.0  # times as slow at its first exchange a protocol is not tried again,
+_ENOUGH = 1.0  # if that took so many seconds: connections are made in it
 _said: set[str] = set()
 Trial = Callable[[str, float], float]
 
@@ -73,13 +74,14 @@ def _all_have_threads(ranks: Topology) -> bool:
 
 def _faster(ranks: Topology, trial: Trial) -> str:
     mail = _slowest(ranks, trial(MAIL, math.inf))
-    rma = _slowest(ranks, trial(RMA, _HOPELESS * mail))
+    limit = max(_ENOUGH, _HOPELESS * mail)
+    rma = _slowest(ranks, trial(RMA, limit))
     chosen = MAIL if mail < rma else RMA
     if ranks.rank == 0 and chosen not in _said:
         _said.add(chosen)
         leaving.say(
             f"the center is reached by {chosen}: commit and pull of 1 MiB took {mail * 1e3:.1f} ms by mail, "
-            f"{rma * 1e3:.1f} ms by rma; {SWITCH} decides otherwise"
+            f"{rma * 1e3:.1f} ms by rma{' at its first' if rma > limit else ''}; {SWITCH} decides otherwise"
         )
     return chosen
 

@@ -102,7 +102,7 @@ class Worker(FlatParameters):
 
     def _exchange_if_due(self) -> None:
         """Exchanges if enough local steps were taken."""
-        if self._steps == self._window_length:
+        if self._steps >= self._window_length:
             self._exchange()
 
     @abstractmethod

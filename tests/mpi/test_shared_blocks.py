@@ -19,7 +19,7 @@ from mpidl.window import Plan
 WITH_OTHERS = True
 SIZES = (1,)
 COUNT = 100_000  # elements: seven blocks of 128 KiB, the last one not full
-SOMEBODY = 4711  # a process that holds a lock
+GONE = 4711  # the process of a rank that has died
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_who_waits_for_a_lock_looks_around_says_so_and_goes_on(world_comm, block
     monkeypatch.setattr(shared_blocks, "_SAY_AFTER", 0.05)
     monkeypatch.setattr(leaving, "say", said.append)
     if world_comm.rank == 0:
-        first_lock(blocks).value = SOMEBODY
+        first_lock(blocks).value = world_comm.size  # the last rank's mark
     world_comm.barrier()
     blocks.look = lambda: looks.append(time.monotonic())
     freed = threading.Timer(0.15, lambda: setattr(first_lock(blocks), "value", 0))
@@ -55,7 +55,8 @@ def test_who_waits_for_a_lock_looks_around_says_so_and_goes_on(world_comm, block
         freed.start()
     blocks.add(0, np.full(COUNT, world_comm.rank + 1.0), after=out)
     assert len(looks) >= 3
-    assert len(said) == 1 and f"for process {SOMEBODY}, which holds a part of a variable: is it stopped?" in said[0]
+    assert len(said) == 1 and "), which holds a part of a variable: is it stopped?" in said[0]
+    assert f"for rank {world_comm.size - 1} (process " in said[0]
     world_comm.barrier()
     blocks.read(0, out)
     assert (out == sum(range(1, world_comm.size + 1))).all()
@@ -64,13 +65,13 @@ def test_who_waits_for_a_lock_looks_around_says_so_and_goes_on(world_comm, block
 def somebody_is_dead(ranks):
     """The last rank's process is one that is no more."""
     placement = ranks.placement
-    gone = Process(SOMEBODY, start=-1, visible=True)
+    gone = Process(GONE, start=-1, visible=True)
     ranks.placement = dataclasses.replace(placement, processes=(*placement.processes[:-1], gone))
 
 
 def test_a_lock_whose_holder_has_died_is_taken_away_if_its_block_is_whole(world_comm, blocks):
     if world_comm.rank == 0:
-        first_lock(blocks).value = SOMEBODY
+        first_lock(blocks).value = world_comm.size  # the last rank's mark
     world_comm.barrier()
     somebody_is_dead(blocks._ranks)
     blocks.add(0, np.full(COUNT, world_comm.rank + 1.0))
@@ -85,14 +86,14 @@ def test_a_lock_whose_holder_has_died_is_taken_away_if_its_block_is_whole(world_
 
 def test_half_a_block_is_not_gone_on_with(world_comm, blocks):
     if world_comm.rank == 0:
-        first_lock(blocks).value = SOMEBODY
+        first_lock(blocks).value = world_comm.size  # the last rank's mark
         version(blocks).value += 1
     world_comm.barrier()
     somebody_is_dead(blocks._ranks)
     last = world_comm.size - 1
-    with pytest.raises(RankFailedError, match=rf"rank {last} \(process {SOMEBODY}\) died while it changed a variable"):
+    with pytest.raises(RankFailedError, match=rf"rank {last} \(process {GONE}\) died while it changed a variable"):
         blocks.read(10, np.empty(5))
-    assert first_lock(blocks).value == SOMEBODY
+    assert first_lock(blocks).value == world_comm.size
     blocks.read(COUNT - 5, np.empty(5))  # other blocks are free
     world_comm.barrier()
     first_lock(blocks).value = 0
@@ -104,11 +105,11 @@ def test_who_waits_while_another_rank_dies_hears_of_it(world_comm, blocks):
     def dead():
         raise RankFailedError("planted")
 
-    first_lock(blocks).value = SOMEBODY
+    first_lock(blocks).value = world_comm.size  # the last rank's mark
     blocks.look = dead
     with pytest.raises(RankFailedError, match="planted"):
         blocks.read(10, np.empty(5))
-    assert first_lock(blocks).value == SOMEBODY
+    assert first_lock(blocks).value == world_comm.size
     world_comm.barrier()
     blocks.read(COUNT - 5, np.empty(5))  # other blocks are free
     world_comm.barrier()
