@@ -143,7 +143,7 @@ class DeltaWorker(Worker):
         try:
             self._sent = done.errand.wait(self._server.look)
         finally:
-            if done.errand.failed:  # it failed; one whose wait is broken off goes on
+            if done.errand.failed:  # one whose wait is broken off goes on
                 self._under_way = None
         self._count_commit(self._sent.staleness, done.window.delta.nbytes + self._sent.pulled.nbytes)
         self.stopping = self._sent.stopping

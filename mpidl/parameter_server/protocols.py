@@ -81,7 +81,7 @@ def _faster(ranks: Topology, trial: Trial) -> str:
         _said.add(chosen)
         leaving.say(
             f"the center is reached by {chosen}: commit and pull of 1 MiB took {mail * 1e3:.1f} ms by mail, "
-            f"{rma * 1e3:.1f} ms by rma{' at its first' if rma > limit else ''}; {SWITCH} decides otherwise"
+            f"{rma * 1e3:.1f} ms by rma{' at the first try' if rma > limit else ''}; {SWITCH} decides otherwise"
         )
     return chosen
 

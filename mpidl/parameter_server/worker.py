@@ -193,7 +193,7 @@ class Worker(FlatParameters):
         return self._steps == 0
 
     def request_stop(self) -> None:
-        """Asks all workers to stop; each sees `stopping` become True at its next commit, or when that ended."""
+        """Asks all workers to stop; each sees `stopping` become True at its next commit, or once that has ended."""
         self._stop_wished = True
 
     def finish(self) -> None:

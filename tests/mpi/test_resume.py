@@ -396,7 +396,15 @@ def test_a_run_that_exchanges_beside_local_steps_is_saved_whole(world_comm, fold
             train(comm, folder / "run", 5, **changed)
             stopped, own = content(newest(folder / "run")), content(worker(folder / "run", 0))["local.pt"]["statistics"]
             train(comm, folder / "run", resume=True, **changed)
+            train(comm, folder / "often", checkpoint_every=0, keep=99, log_every=1, **changed)
         assert own["commits"] == sum(own["staleness"].values()) == stopped["place"]["clock"] > 0
+        saved = folder / "often" / "checkpoints" / "worker.0"
+        numbers = Store(saved).numbers()
+        assert len(numbers) > 3  # with exchanges under way
+        for number in reversed(numbers):
+            own = content(worker(folder / "often", 0))["local.pt"]["statistics"]
+            assert own["commits"] == sum(own["staleness"].values()) > 0
+            shutil.rmtree(saved / f"{number:06d}")
         if algorithm == "downpour":  # whose commits add up to the same, however long the windows are
             found, expected = (content(newest(folder / name))["model"] for name in ("run", "whole"))
             assert_equal(found, expected)
