@@ -1,5 +1,5 @@
-"""Builds csrc/ into mpidl/_mpidl.so, a plain shared library, and where CUDA's nvcc is found its CUDA into
-mpidl/_mpidl_cuda.so; metadata and settings stand in pyproject.toml.
+"""Builds csrc/ into mpidl/native/_mpidl.so, a plain shared library, and where CUDA's nvcc is found its CUDA into
+mpidl/native/_mpidl_cuda.so; metadata and settings stand in pyproject.toml.
 
 Reads CC, CFLAGS and LDFLAGS, and CUDA_HOME to find nvcc; MPIDL_WERROR=1 makes a warning an error, MPIDL_CUDA=1 a
 missing nvcc, and MPIDL_CUDA=0 builds without CUDA. Python's headers are not needed, and the wheel serves every
@@ -18,11 +18,14 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["kernels", "kernels_avx2", "kernels_avx512", "kernels_portable"]
-SOURCES += ["center", "helper", "node", "packing", "table", "turns", "writing"]
+SOURCES = [
+    *("csrc/center/center.c", "csrc/packing/gather_range.c", "csrc/packing/packing.c"),
+    *("csrc/kernels/avx2.c", "csrc/kernels/avx512.c", "csrc/kernels/dispatch.c", "csrc/kernels/portable.c"),
+    *("csrc/node/phases.c", "csrc/node/progress_thread.c", "csrc/node/schedule.c", "csrc/node/store_policy.c"),
+]
 # One set for all sources; those of an instruction set name it themselves.
 FLAGS = [
-    *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
+    *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Icsrc"),
     "-ffp-contract=off",  # every processor gives the same bits
     *("-fno-trapping-math", "-fno-math-errno"),  # or conditionals are not vectorised
 ]
@@ -31,16 +34,16 @@ ADVICE = "apt-get install gcc libc6-dev"
 # The runtime is linked statically: the library loads, and says so, where there is no CUDA. Programs for A100 and H100
 # and what is between; newer ones compile the text (PTX) that comes along. All at once, on two cores in half the time.
 NVCC_FLAGS = [
-    *("-shared", "-O3", "-std=c++17", "-cudart=static", "--threads=0"),
+    *("-shared", "-O3", "-std=c++17", "-cudart=static", "--threads=0", "-Icsrc"),
     "-fmad=false",  # the same bits as the processor's
     *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 ]
-CUDA = "mpidl._mpidl_cuda"
-CUDA_SOURCES = ["csrc/cuda_packing.cu", "csrc/cuda_memory.c"]
+CUDA = "mpidl.native._mpidl_cuda"
+CUDA_SOURCES = ["csrc/cuda/packing.cu", "csrc/cuda/memory.c"]
 CUDA_HEADERS = [
-    *("csrc/casts.h", "csrc/checks.h", "csrc/mpidl.h", "csrc/mpidl_cuda.h"),
-    *("csrc/cuda_bodies.h", "csrc/cuda_memory.h", "csrc/cuda_pairs.h", "csrc/cuda_words.h"),
+    *("csrc/include/mpidl.h", "csrc/include/mpidl_cuda.h", "csrc/kernels/casts.h", "csrc/packing/checks.h"),
+    *("csrc/cuda/kernel_bodies.h", "csrc/cuda/kernel_table.h", "csrc/cuda/memory.h", "csrc/cuda/vector_access.h"),
 ]
 
 
@@ -114,9 +117,9 @@ NVCC = nvcc()
 setup(
     ext_modules=[
         Extension(
-            "mpidl._mpidl",
-            sources=[f"csrc/{name}.c" for name in SOURCES],
-            depends=sorted(map(str, Path("csrc").glob("*.h"))),
+            "mpidl.native._mpidl",
+            sources=SOURCES,
+            depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         ),
         *([Extension(CUDA, sources=CUDA_SOURCES, depends=CUDA_HEADERS)] if NVCC else []),
     ],

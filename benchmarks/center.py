@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 import mpidl
-from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.center.center import Server
 
 PROTOCOLS = ("mail", "rma")
 

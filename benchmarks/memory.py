@@ -6,8 +6,8 @@ mpidl run -n 2 -- python benchmarks/memory.py "mpidl.Synchronous, shard=True"
 import sys
 
 import mpidl
-from mpidl.benchmarks import memory
-from mpidl.benchmarks.ranks import Together
+from mpidl.cli.bench import memory
+from mpidl.cli.bench.ranks import Together
 
 for way in sys.argv[1:]:
     ranks = Together(mpidl.world())

@@ -32,7 +32,7 @@ def step_times() -> None:
     from torch import nn
 
     import mpidl
-    from mpidl.benchmarks import models
+    from mpidl.cli.bench import models
 
     torch.set_num_threads(1)
     comm = mpidl.world()
@@ -80,7 +80,7 @@ def main() -> None:
 
 def write(output: Path, rounds: list[dict[int, dict[str, float]]]) -> None:
     """One JSON line for each launch, and a page."""
-    from mpidl.benchmarks import machine
+    from mpidl.cli.bench import machine
 
     output.mkdir(parents=True, exist_ok=True)
     hardware, versions = machine.hardware(), machine.versions()

@@ -9,7 +9,7 @@ source jobs/site.sh
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # Not from the checkout, whose folder mpidl/ would hide the installed package.
-plugin() (cd / && python -c 'from mpidl.cli.launcher import slurm_plugin; print(slurm_plugin())')
+plugin() (cd / && python -c 'from mpidl.cli.launch.launcher import slurm_plugin; print(slurm_plugin())')
 
 # Runs a program as ranks, one for each task of the allocation.
 ranks() {

@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` below does the same, later
-    from mpidl.averaging.diloco import DiLoCo
-    from mpidl.averaging.model_averaging import ModelAveraging
-    from mpidl.communicator import Communicator, world
+    from mpidl.arrays.packing import DevicePacked, Packed, pack, unpack
+    from mpidl.collectives.communicator import Communicator, world
+    from mpidl.collectives.request import Request
     from mpidl.errors import (
         ArgumentError,
         ClosedError,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
         SharedMemoryError,
         StalledError,
     )
-    from mpidl.packing import DevicePacked, Packed, pack, unpack
     from mpidl.parameter_server.adag import ADAG
     from mpidl.parameter_server.aeasgd import AEASGD
     from mpidl.parameter_server.agn import AGN
@@ -38,22 +37,23 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` be
     from mpidl.parameter_server.dynsgd import DynSGD
     from mpidl.parameter_server.eamsgd import EAMSGD
     from mpidl.parameter_server.gem import GEM
-    from mpidl.request import Request
-    from mpidl.sharded_step import exclusive
-    from mpidl.synchronous import Synchronous
+    from mpidl.synchronous.local_sgd.diloco import DiLoCo
+    from mpidl.synchronous.local_sgd.model_averaging import ModelAveraging
+    from mpidl.synchronous.sharded.step import exclusive
+    from mpidl.synchronous.synchronous import Synchronous
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "world": "communicator",
-    "Communicator": "communicator",
-    "Request": "request",
-    "pack": "packing",
-    "unpack": "packing",
-    "Packed": "packing",
-    "DevicePacked": "packing",
-    "Synchronous": "synchronous",
-    "exclusive": "sharded_step",
+    "world": "collectives.communicator",
+    "Communicator": "collectives.communicator",
+    "Request": "collectives.request",
+    "pack": "arrays.packing",
+    "unpack": "arrays.packing",
+    "Packed": "arrays.packing",
+    "DevicePacked": "arrays.packing",
+    "Synchronous": "synchronous.synchronous",
+    "exclusive": "synchronous.sharded.step",
     "Downpour": "parameter_server.downpour",
     "AGN": "parameter_server.agn",
     "DynSGD": "parameter_server.dynsgd",
@@ -63,8 +63,8 @@ _HOME = {
     "DCASGD": "parameter_server.dcasgd",
     "GEM": "parameter_server.gem",
     "DistBelief": "parameter_server.distbelief",
-    "ModelAveraging": "averaging.model_averaging",
-    "DiLoCo": "averaging.diloco",
+    "ModelAveraging": "synchronous.local_sgd.model_averaging",
+    "DiLoCo": "synchronous.local_sgd.diloco",
     "MpidlError": "errors",
     "ArgumentError": "errors",
     "DtypeError": "errors",

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "mpidl_center.h"
+#include "include/mpidl_center.h"
 
 enum { THREADS = 4, COUNT = 1000, BLOCK = 64, ROUNDS = 400, OWN = 32 };
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mpidl.cli import launcher
+from mpidl.cli.launch import launcher
 
 MPIDL = str(Path(sys.executable).with_name("mpidl"))  # the command as installed
 TIME_LIMIT = 300.0  # seconds one launch may take, unless its caller says otherwise

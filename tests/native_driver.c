@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 static const int64_t lengths[] = {0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 511, 512, 513, 1023, 1025, 4099};
 enum { LENGTHS = sizeof lengths / sizeof lengths[0], SEGMENTS = 3 };

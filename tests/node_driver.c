@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "mpidl_node.h"
-#include "writing.h"
+#include "include/mpidl_node.h"
+#include "node/store_policy.h"
 
 enum { CALLS = 200, MOST = 3000, MAX = 8 };
 

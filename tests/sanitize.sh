@@ -30,21 +30,21 @@ build_with() { # build_with SANITIZERS SOURCE...
     "$folder/driver"
 }
 
-build tests/native_driver.c csrc/kernels*.c csrc/packing.c
+build tests/native_driver.c csrc/kernels/*.c csrc/packing/packing.c
 if [ -e /usr/include/simde/x86/avx512.h ]; then
     echo "again, with AVX-512 in plain C:"
     # SIMDe lets signed integers wrap; ours were held to not doing so above.
     build -fwrapv -Wno-psabi -Itests/avx512 -include tests/avx512/supported.h \
-        tests/native_driver.c csrc/kernels*.c csrc/packing.c
+        tests/native_driver.c csrc/kernels/*.c csrc/packing/packing.c
 else
     echo "skipped: AVX-512 in plain C needs SIMDe: apt-get install libsimde-dev"
 fi
 printf "the device's kernels, on the host: "
-build -Itests/cuda_host tests/cuda_host/driver.c tests/cuda_host/runtime.c csrc/cuda_memory.c -x c csrc/cuda_packing.cu
+build -Itests/cuda_host tests/cuda_host/driver.c tests/cuda_host/runtime.c csrc/cuda/memory.c -x c csrc/cuda/packing.cu
 for sanitizers in thread address,undefined; do
     printf '%s: ' "$sanitizers"
-    build_with "$sanitizers" tests/center_driver.c csrc/center.c csrc/kernels*.c
+    build_with "$sanitizers" tests/center_driver.c csrc/center/center.c csrc/kernels/*.c
     printf '%s: ' "$sanitizers"
-    build_with "$sanitizers" tests/node_driver.c csrc/kernels*.c \
-        csrc/helper.c csrc/node.c csrc/table.c csrc/turns.c csrc/writing.c
+    build_with "$sanitizers" tests/node_driver.c csrc/kernels/*.c \
+        csrc/node/progress_thread.c csrc/node/schedule.c csrc/packing/gather_range.c csrc/node/phases.c csrc/node/store_policy.c
 done

@@ -10,10 +10,10 @@ import mpidl
 from mpidl.errors import ArgumentError, LauncherError, NoMPIError
 
 _COMMANDS = {
-    "bench": "mpidl.cli.bench",
-    "doctor": "mpidl.cli.doctor",
+    "bench": "mpidl.cli.bench.command",
+    "doctor": "mpidl.cli.doctor.command",
     "plot": "mpidl.cli.plot",
-    "run": "mpidl.cli.run",
+    "run": "mpidl.cli.launch.run",
     "train": "mpidl.cli.train",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mpidl.cli.run import TERMINAL_VARIABLE
+from mpidl.cli.launch.run import TERMINAL_VARIABLE
 from mpidl.training.algorithms import BY_NAME
 from mpidl.training.settings import Settings
 
@@ -193,19 +193,19 @@ def _columns() -> int | None:
 
 
 def _train(settings: Settings) -> int:
-    from mpidl import runtime
+    from mpidl.mpi import runtime
     from mpidl.training.stop import StopRequest
 
     stop = StopRequest()
     runtime.on_stop_signal(stop.ask)  # before torch is imported: seconds in which a signal would kill
 
     import mpidl
-    from mpidl.training import session
-    from mpidl.training.agreement import RefusedError
+    from mpidl.training import run
     from mpidl.training.job import HelpAskedError
+    from mpidl.training.refusal import RefusedError
 
     try:
-        return session.run(settings, stop)
+        return run.run(settings, stop)
     except RefusedError:
         if mpidl.world().rank == 0:
             raise

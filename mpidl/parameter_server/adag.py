@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from mpidl import checks
-from mpidl.communicator import Communicator
-from mpidl.flat import Flat
-from mpidl.parameter_server.exclusive import ExclusiveWorker
+from mpidl.collectives.communicator import Communicator
+from mpidl.optim import validation
+from mpidl.optim.flat import Flat
+from mpidl.parameter_server.worker.locked import ExclusiveWorker
 
 
 class ADAG(ExclusiveWorker):
@@ -50,7 +50,7 @@ class ADAG(ExclusiveWorker):
             max_clock_spread=max_clock_spread,
             comm=comm,
             buffers=buffers,
-            error=checks.positive("gamma", gamma),
+            error=validation.positive("gamma", gamma),
             hyperparameters={"gamma": gamma},
         )
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl import checks
-from mpidl.communicator import Communicator
+from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError
-from mpidl.flat import Flat
-from mpidl.parameter_server.exclusive import ExclusiveWorker
+from mpidl.optim import validation
+from mpidl.optim.flat import Flat
+from mpidl.parameter_server.worker.locked import ExclusiveWorker
 
 
 class AEASGD(ExclusiveWorker):
@@ -71,8 +71,8 @@ class AEASGD(ExclusiveWorker):
                 "alpha = beta / workers none of them"
             )
         if self._rho is None:
-            return checks.positive("beta", self._beta)
-        return checks.positive("rho", self._rho) or checks.positive("learning_rate", self._learning_rate)
+            return validation.positive("beta", self._beta)
+        return validation.positive("rho", self._rho) or validation.positive("learning_rate", self._learning_rate)
 
     def _describe(self) -> dict[str, Any]:
         if self._rho is not None and self._learning_rate is not None:

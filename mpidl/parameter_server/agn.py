@@ -5,7 +5,7 @@ dist-keras calls this rule ADAG; in mpidl ADAG is the rule of the thesis' chapte
 
 from __future__ import annotations
 
-from mpidl.parameter_server.delta import DeltaWorker
+from mpidl.parameter_server.worker.delta import DeltaWorker
 
 
 class AGN(DeltaWorker):

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mpidl import checks
-from mpidl.communicator import Communicator
-from mpidl.flat import Flat
-from mpidl.parameter_server import sgd
-from mpidl.parameter_server.exclusive import ExclusiveWorker
+from mpidl.collectives.communicator import Communicator
+from mpidl.optim import validation
+from mpidl.optim.flat import Flat
+from mpidl.parameter_server.worker import sgd
+from mpidl.parameter_server.worker.locked import ExclusiveWorker
 
 
 class DCASGD(ExclusiveWorker):
@@ -55,7 +55,8 @@ class DCASGD(ExclusiveWorker):
             max_clock_spread=max_clock_spread,
             comm=comm,
             buffers=buffers,
-            error=checks.plain_sgd(optimizer, "DCASGD", unused=unused) or checks.not_negative("lambda_", lambda_),
+            error=validation.plain_sgd(optimizer, "DCASGD", unused=unused)
+            or validation.not_negative("lambda_", lambda_),
             hyperparameters={"lambda_": lambda_},
         )
 

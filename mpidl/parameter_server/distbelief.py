@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from mpidl import checks, flat
-from mpidl.communicator import Communicator
-from mpidl.errands import Errand, Errands
-from mpidl.flat import Flat
-from mpidl.parameter_server import overlapping, sgd
-from mpidl.parameter_server.server import Beside
-from mpidl.parameter_server.warm_start import WarmStart
-from mpidl.parameter_server.worker import Worker
+from mpidl.collectives.communicator import Communicator
+from mpidl.mpi.executor import Errand, Errands
+from mpidl.optim import flat, validation
+from mpidl.optim.flat import Flat
+from mpidl.parameter_server.center.center import Beside
+from mpidl.parameter_server.worker import overlap as overlapping
+from mpidl.parameter_server.worker import sgd
+from mpidl.parameter_server.worker.base import Worker
+from mpidl.parameter_server.worker.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,12 @@ class DistBelief(Worker):
             max_clock_spread=max_clock_spread,
             comm=comm,
             buffers=buffers,
-            error=checks.plain_sgd(optimizer, "DistBelief", unused=("maximize",))
-            or checks.whole("n_push", n_push, least=1)
-            or checks.whole("n_fetch", n_fetch, least=1)
-            or checks.positive("gamma", gamma)
-            or checks.whole("warm_start", warm_start, least=0)
-            or checks.whole("overlap", overlap, least=0),
+            error=validation.plain_sgd(optimizer, "DistBelief", unused=("maximize",))
+            or validation.whole("n_push", n_push, least=1)
+            or validation.whole("n_fetch", n_fetch, least=1)
+            or validation.positive("gamma", gamma)
+            or validation.whole("warm_start", warm_start, least=0)
+            or validation.whole("overlap", overlap, least=0),
             hyperparameters={
                 **{"n_push": n_push, "n_fetch": n_fetch, "gamma": gamma},
                 **{"warm_start": warm_start, "overlap": overlap},

@@ -5,7 +5,7 @@ Dean's own Downpour, which sends gradients to an Adagrad at the server, is anoth
 
 from __future__ import annotations
 
-from mpidl.parameter_server.delta import DeltaWorker
+from mpidl.parameter_server.worker.delta import DeltaWorker
 
 
 class Downpour(DeltaWorker):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpidl.parameter_server.delta import DeltaWorker
+from mpidl.parameter_server.worker.delta import DeltaWorker
 
 
 class DynSGD(DeltaWorker):

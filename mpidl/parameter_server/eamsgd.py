@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mpidl import checks, flat
-from mpidl.communicator import Communicator
-from mpidl.flat import Flat
-from mpidl.parameter_server import sgd
+from mpidl.collectives.communicator import Communicator
+from mpidl.optim import flat, validation
+from mpidl.optim.flat import Flat
 from mpidl.parameter_server.aeasgd import AEASGD
+from mpidl.parameter_server.worker import sgd
 
 
 class EAMSGD(AEASGD):
@@ -50,7 +50,7 @@ class EAMSGD(AEASGD):
             max_clock_spread=max_clock_spread,
             comm=comm,
             buffers=buffers,
-            error=checks.plain_sgd(optimizer, "EAMSGD", unused=("dampening", "maximize")),
+            error=validation.plain_sgd(optimizer, "EAMSGD", unused=("dampening", "maximize")),
         )
 
     def _take_step(self) -> None:

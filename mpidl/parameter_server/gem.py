@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mpidl import checks
-from mpidl.communicator import Communicator
-from mpidl.flat import Flat
-from mpidl.parameter_server import sgd
-from mpidl.parameter_server.worker import Worker
+from mpidl.collectives.communicator import Communicator
+from mpidl.optim import validation
+from mpidl.optim.flat import Flat
+from mpidl.parameter_server.worker import sgd
+from mpidl.parameter_server.worker.base import Worker
 
 _CLAMP = (0.0, 5.0)  # of pi, in the authors' code; without the lower bound it diverges from about 5 workers on
 
@@ -58,9 +58,9 @@ class GEM(Worker):
             max_clock_spread=max_clock_spread,
             comm=comm,
             buffers=buffers,
-            error=checks.plain_sgd(optimizer, "GEM", unused=unused)
-            or checks.positive("kappa", kappa)
-            or checks.positive("epsilon", epsilon),
+            error=validation.plain_sgd(optimizer, "GEM", unused=unused)
+            or validation.positive("kappa", kappa)
+            or validation.positive("epsilon", epsilon),
             hyperparameters={"kappa": kappa, "epsilon": epsilon},
         )
         self._proxy = np.zeros_like(self._start)  # m

@@ -54,7 +54,7 @@ class _Rest(Sampler[int]):
 class Share:
     """One rank's share of the training data, shuffled anew each epoch; all ranks have equally many batches.
 
-    torch's DistributedSampler repeats a few samples so that the shares are equal, and `steps` is the same everywhere.
+    torch's DistributedSampler repeats a few samples so that the shares are equal, and `tasks` is the same everywhere.
     """
 
     def __init__(self, dataset: Dataset[Any], sampler: DistributedSampler[Any], batch_size: int) -> None:

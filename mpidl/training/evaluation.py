@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl.communicator import Communicator
+from mpidl.collectives.communicator import Communicator
 from mpidl.training.data import held_out_batches
 from mpidl.training.job import Job
 

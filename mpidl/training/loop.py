@@ -1,4 +1,4 @@
-"""The training loop, one for both ways; what it calls around each step stands in `ways` and `recording`."""
+"""The training loop, one for both ways; what it calls around each step stands in `strategies` and `metrics`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mpidl.training.data import Position, Share
 from mpidl.training.job import Job
-from mpidl.training.recording import Recorder
+from mpidl.training.metrics import Recorder
 from mpidl.training.saving import Saver
 from mpidl.training.stop import StopRequest
-from mpidl.training.ways import Way
+from mpidl.training.strategies import Way
 
 
 @dataclass(frozen=True)

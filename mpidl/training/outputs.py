@@ -143,7 +143,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _records_until(path: Path, steps: int) -> list[bytes]:
-    """The lines of the first `steps` steps; a line that a crash cut off ends them too."""
+    """The lines of the first `tasks` steps; a line that a crash cut off ends them too."""
     kept: list[bytes] = []
     with contextlib.suppress(FileNotFoundError, ValueError):
         for line in path.read_bytes().splitlines(keepends=True):

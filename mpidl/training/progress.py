@@ -1,4 +1,4 @@
-"""What a person sees while a job trains: a bar on a terminal, plain lines in a log. Figures come from `recording`."""
+"""What a person sees while a job trains: a bar on a terminal, plain lines in a log. Figures come from `metrics`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def seed_all(seed: int) -> None:
 
 
 def seed_for(seed: int, rank: int, steps: int) -> int:
-    """Returns the seed of a rank that joins after `steps` steps: the same each time, and unlike any other rank's."""
+    """Returns the seed of a rank that joins after `tasks` steps: the same each time, and unlike any other rank's."""
     digest = hashlib.blake2b(f"{seed} {rank} {steps}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 

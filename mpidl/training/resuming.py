@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 
-from mpidl import leaving
-from mpidl.communicator import Communicator
+from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError
-from mpidl.placement import Link
+from mpidl.mpi import exit_protocol
+from mpidl.mpi.placement import Link
 from mpidl.training import algorithms
-from mpidl.training.agreement import everywhere
 from mpidl.training.checkpoint import Checkpoint, Store, decode, decode_tensors, open_checkpoint
 from mpidl.training.data import Position
+from mpidl.training.metrics import Done
 from mpidl.training.outputs import Folder
 from mpidl.training.randomness import restore_random_state, seed_all, seed_for
-from mpidl.training.recording import Done
+from mpidl.training.refusal import everywhere
 from mpidl.training.saving import LOCAL, MODEL, TRAINING, local_name, worker_folder
 from mpidl.training.settings import Settings
-from mpidl.training.subject import Subject
+from mpidl.training.snapshot import Subject
 
 _OPTION = {
     "job": "JOB",
@@ -96,7 +96,7 @@ def choose(comm: Communicator, folder: Folder, settings: Settings, kept: Mapping
         return None
     origin = everywhere(comm, lambda: _origin(comm, folder, settings, plan))
     if comm.rank == 0:
-        leaving.say(_said(comm, settings, origin))
+        exit_protocol.say(_said(comm, settings, origin))
     return origin
 
 
@@ -108,22 +108,22 @@ def _choose(folder: Folder, settings: Settings, kept: Mapping[str, Any]) -> dict
     if settings.overwrite:
         raise ArgumentError("--resume and --overwrite contradict each other: give one of them")
     store = Store(folder.checkpoints)
-    found = store.newest(leaving.say)
+    found = store.newest(exit_protocol.say)
     if found is None:
         folder.prepare_without_checkpoint()
-        leaving.say(f"--resume: no checkpoint in {folder.checkpoints}, training starts anew")
+        exit_protocol.say(f"--resume: no checkpoint in {folder.checkpoints}, training starts anew")
         return {}
     _check_settings(found, kept)
     workers: list[int | None] = []
     for rank in range(0 if settings.synchronous else found.manifest["world"]["ranks"]):
-        newest = Store(worker_folder(folder.checkpoints, rank)).newest(leaving.say)
+        newest = Store(worker_folder(folder.checkpoints, rank)).newest(exit_protocol.say)
         workers.append(None if newest is None else newest.number)
-    store.set_aside(found.number, leaving.say)
+    store.set_aside(found.number, exit_protocol.say)
     for own in folder.checkpoints.glob("worker.*"):
         rank = int(own.suffix[1:])
         # Of a worker that the newest part of the run did not have, all: its state belongs to an earlier part.
         number = workers[rank] if rank < len(workers) else None
-        Store(own).set_aside(number or 0, leaving.say)
+        Store(own).set_aside(number or 0, exit_protocol.say)
     return {"number": found.number, "workers": workers}
 
 
@@ -140,7 +140,7 @@ def _check_settings(found: Checkpoint, kept: Mapping[str, Any]) -> None:
         if old != new:
             raise ArgumentError(f"--resume: the job's option {name} was {old!r} in {found.path}, is {new!r} now")
     if before["job_sha256"] != kept["job_sha256"]:
-        leaving.say(f"--resume: the job file {kept['job']} was changed since {found.path} was written")
+        exit_protocol.say(f"--resume: the job file {kept['job']} was changed since {found.path} was written")
 
 
 def _origin(comm: Communicator, folder: Folder, settings: Settings, plan: Mapping[str, Any]) -> Origin:

@@ -16,14 +16,15 @@ from typing import Any, Protocol
 
 import torch
 
-from mpidl import leaving, state
-from mpidl.communicator import Communicator
+from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError
-from mpidl.training.agreement import RefusedError, everywhere
+from mpidl.mpi import exit_protocol
+from mpidl.optim import state
 from mpidl.training.checkpoint import Draft, Entry, Store, encode, encode_tensors
 from mpidl.training.data import Position
-from mpidl.training.subject import Subject
-from mpidl.training.ways import Shared
+from mpidl.training.refusal import RefusedError, everywhere
+from mpidl.training.snapshot import Subject
+from mpidl.training.strategies import Shared
 
 MODEL, TRAINING, LOCAL = "model.safetensors", "training.pt", "local.pt"
 
@@ -119,7 +120,7 @@ class SynchronousSaver:
             self.failed = True
             if comm.rank == 0:
                 draft.drop()
-                leaving.say(f"checkpoint {self._number} could not be written, the one before it stays: {error}")
+                exit_protocol.say(f"checkpoint {self._number} could not be written, the one before it stays: {error}")
             return
         self._number, self._saved, self.failed = self._number + 1, self._subject.recorder.steps, False
         if comm.rank == 0:
@@ -206,7 +207,7 @@ class AsynchronousSaver:
             self.failed = False
         except OSError as error:
             self.failed = True
-            leaving.say(f"rank {rank}: a checkpoint could not be written, the one before it stays: {error}")
+            exit_protocol.say(f"rank {rank}: a checkpoint could not be written, the one before it stays: {error}")
 
     def _save_local(self, position: Position) -> None:
         subject = self._subject

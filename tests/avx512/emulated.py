@@ -5,6 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mpidl import _native
+from mpidl.native import library
 
-_native._LIBRARY = Path(os.environ["MPIDL_TEST_LIBRARY"])
+library._LIBRARY = Path(os.environ["MPIDL_TEST_LIBRARY"])

@@ -1,4 +1,4 @@
-/* <immintrin.h> for csrc/kernels_avx512.c on any processor: AVX-512 in plain C by SIMDe (apt-get install libsimde-dev).
+/* <immintrin.h> for csrc/kernels/avx512.c on any processor: AVX-512 in plain C by SIMDe (apt-get install libsimde-dev).
  *
  * What SIMDe 0.7.4 lacks stands below, element by element, as Intel's guide describes it.
  */

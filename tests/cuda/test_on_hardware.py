@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
+from packing_reference import reference_pack
 
 import mpidl
-from mpidl import arrays, devices
-from mpidl._cuda import Cuda
-from mpidl.packing_reference import reference_pack
+from mpidl.arrays import devices, view
+from mpidl.native.cuda import Cuda
 
 if not torch.cuda.is_available():
     pytest.skip("torch finds no CUDA device: nothing here has ever run on hardware", allow_module_level=True)
@@ -35,7 +35,7 @@ def tensors_of(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def test_the_library_was_built() -> None:
-    assert isinstance(devices.of(arrays.view(torch.zeros(1, device="cuda"))).cuda, Cuda)
+    assert isinstance(devices.of(view.view(torch.zeros(1, device="cuda"))).cuda, Cuda)
 
 
 @pytest.mark.parametrize(("source", "flat"), PAIRS)
@@ -80,12 +80,12 @@ def test_packing_follows_the_current_stream_and_returns_at_once() -> None:
 
 def test_staging_goes_to_the_host_and_back_in_stream_order() -> None:
     x, y = torch.arange(1000.0, device="cuda"), torch.zeros(1000, device="cuda")
-    device = devices.of(arrays.view(x))
+    device = devices.of(view.view(x))
     x.add_(1)
-    host, copied = device.fetch(arrays.view(x))
+    host, copied = device.fetch(view.view(x))
     copied.wait()
     assert host.owner.tolist() == list(range(1, 1001))
-    device.deliver(host, arrays.view(y))
+    device.deliver(host, view.view(y))
     assert torch.equal(x, y)
 
 

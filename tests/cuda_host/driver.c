@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "cuda_runtime_api.h"
-#include "mpidl_cuda.h"
+#include "include/mpidl_cuda.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>

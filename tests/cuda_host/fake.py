@@ -20,7 +20,7 @@ import torch
 from host_build import Memory, finish, host_cuda, owns, unlocked
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpidl import arrays, devices
+from mpidl.arrays import devices, view
 
 
 class _InOrder(TorchDispatchMode):
@@ -91,13 +91,13 @@ class Fake:
         with unlocked():
             _ORIGINAL["copy_into"](destination, source)
 
-    def divide(self, array: arrays.ArrayView, divisor: int) -> None:
+    def divide(self, array: view.ArrayView, divisor: int) -> None:
         self.synchronize()
         with unlocked():
             _ORIGINAL["divide"](array, divisor)
 
 
-_ORIGINAL = {name: getattr(arrays, name) for name in ("empty_like", "contiguous", "copy_into", "divide")}
+_ORIGINAL = {name: getattr(view, name) for name in ("empty_like", "contiguous", "copy_into", "divide")}
 
 
 @contextmanager
@@ -106,10 +106,10 @@ def fake_device(*, everything: bool = False) -> Iterator[Fake]:
     fake = Fake(everything=everything)
     devices.register("fake", lambda number: devices.Device(host_cuda(), number, lambda _: fake.stream))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "_torch_device", fake.where)
+        patch.setattr(view, "_torch_device", fake.where)
         if not everything:
             for name in _ORIGINAL:
-                patch.setattr(arrays, name, getattr(fake, name))
+                patch.setattr(view, name, getattr(fake, name))
         yield fake
     fake.synchronize()
     devices.register("fake", None)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from host_build import Memory, finish, host_cuda, unlocked
 
-from mpidl import devices
+from mpidl.arrays import devices
 
 _stream = 0  # the current one
 
@@ -108,7 +108,7 @@ def stand_in() -> Iterator[ModuleType]:
     module.__dict__.update(ndarray=ndarray, empty=empty, asarray=asarray, cuda=streams)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", module)
-        patch.setattr("mpidl._cuda.library", host_cuda)
+        patch.setattr("mpidl.native.cuda.library", host_cuda)
         devices.register("cuda", devices._cuda_device)  # forgets what was found before
         _stream = host_cuda().make("stream_make", 0)
         yield module

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidl._cuda import Cuda
+from mpidl.native.cuda import Cuda
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -52,7 +52,7 @@ def _built_by_one(folder: Path) -> Path:
 def _build(target: Path) -> Path:
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     flags = ["-std=gnu11", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared"]
-    sources = ["-x", "c", str(CSRC / "cuda_packing.cu"), str(CSRC / "cuda_memory.c"), str(HERE / "runtime.c")]
+    sources = ["-x", "c", str(CSRC / "cuda/packing.cu"), str(CSRC / "cuda/memory.c"), str(HERE / "runtime.c")]
     command = [*compiler, *flags, f"-I{HERE}", f"-I{CSRC}", "-o", str(target), *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What stands for mpidl.cuda_probe in the tests: the same program on the host's CUDA, with an MPI of a chosen kind.
+"""What stands for mpidl.mpi.cuda_probe in the tests: the same program on the host's CUDA, with an MPI of a chosen kind.
 
 probe_child.py KIND DEVICE SECONDS. Kinds: aware, MPI may touch the device's memory; unaware, it may not, and the first
 attempt is a segmentation fault; lossy, it may, and does not add; refuses; hangs.
@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 from host_build import host_cuda, shared
 
-from mpidl import cuda_probe, devices, runtime
+from mpidl.arrays import devices
+from mpidl.mpi import cuda_probe, runtime
 
 
 def main(kind: str, name: str, seconds: int) -> None:

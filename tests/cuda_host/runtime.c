@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "cuda_bodies.h"
+#include "cuda/kernel_bodies.h"
 
 enum { DEVICES = 2, PROCESSORS = 3 };
 

@@ -46,7 +46,7 @@ def _note(**line: object) -> None:
 
 
 def _mpi() -> Any:
-    from mpidl import runtime
+    from mpidl.mpi import runtime
 
     return runtime.mpi()
 
@@ -105,7 +105,7 @@ def _with_servers(whole: mpidl.Communicator, servers: int) -> Iterator[mpidl.Com
     if not servers:
         yield whole
         return
-    from mpidl.communicator import split_servers
+    from mpidl.collectives.communicator import split_servers
 
     made = split_servers(whole.topology.duplicate("ranks of a test with servers"), servers)
     if made is None:
@@ -129,8 +129,8 @@ def _communicator(size: int) -> mpidl.Communicator:
 @pytest.fixture(params=["node", "mail", "rma"])
 def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the center is held, by the switches that users have."""
-    from mpidl import shared_memory
-    from mpidl.parameter_server import protocols
+    from mpidl.mpi import shared_memory
+    from mpidl.parameter_server.center import protocol as protocols
 
     nodes = set(_communicator(_ranks()).topology.placement.nodes)
     if request.param == "node" and len(nodes) > 1:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl import shared_memory
+from mpidl.mpi import shared_memory
 
 OPS = ("sum", "mean", "min", "max", "prod")
 FLOATING = ("float16", "bfloat16", "float32", "float64")

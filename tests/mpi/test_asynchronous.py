@@ -10,7 +10,7 @@ import torch
 from training_helpers import assert_alike, batch, loss_of, mlp
 
 import mpidl
-from mpidl import runtime
+from mpidl.mpi import runtime
 
 BOTH = [mpidl.Downpour, mpidl.AGN]
 WITH_OTHERS = True

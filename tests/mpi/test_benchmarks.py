@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl.benchmarks import allreduce, memory, parameter_server, targets, training
-from mpidl.benchmarks.harness import Case, Contender, Plan, measure
-from mpidl.benchmarks.ranks import Together
-from mpidl.bucket_memory import BucketMemory
-from mpidl.parameter_server.server import Server
+from mpidl.cli.bench import allreduce, memory, parameter_server, targets, training
+from mpidl.cli.bench.harness import Case, Contender, Plan, measure
+from mpidl.cli.bench.ranks import Together
+from mpidl.parameter_server.center.center import Server
+from mpidl.synchronous.reduction.bucket import BucketMemory
 
 RANKS = (2,)
 TRAINERS = (

@@ -19,7 +19,7 @@ from test_synchronous import (
 )
 
 import mpidl
-from mpidl.collectives import costs
+from mpidl.collectives import cost_model
 
 __all__ = [
     "test_all_collectives",
@@ -48,6 +48,6 @@ def comm(comm: mpidl.Communicator, way: str, monkeypatch: pytest.MonkeyPatch) ->
     """A copy of the communicator whose ranks cannot share memory; between nodes lanes carry everything they can."""
     if comm.size == 3 and way in ("nodes of 1", "nodes of 3"):
         pytest.skip("shown by 4 ranks")
-    monkeypatch.setattr(costs, "choose", lambda *_, **__: "direct")
+    monkeypatch.setattr(cost_model, "choose", lambda *_, **__: "direct")
     with copied(comm, monkeypatch, *WAYS[way]) as copy:
         yield copy

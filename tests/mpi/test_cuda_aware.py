@@ -18,8 +18,8 @@ import torch
 from copies import copied
 
 import mpidl
-from mpidl import cuda_aware, leaving
 from mpidl.errors import ArgumentError, MismatchError
+from mpidl.mpi import cuda_aware, exit_protocol
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
 from fake import Fake, fake_device
@@ -140,7 +140,7 @@ def test_where_a_child_has_shown_it_nothing_is_staged(comm, undecided, probes):
 )
 def test_where_a_child_has_not_shown_it_all_is_staged(comm, locked, undecided, probes, kind, why):
     lines = []
-    undecided.setattr(leaving, "say", lines.append)
+    undecided.setattr(exit_protocol, "say", lines.append)
     probes(kind, seconds=2 if kind == "hangs" else 60)
     assert staging(comm, locked) == 5
     assert staging(comm, locked) == 5
@@ -231,7 +231,7 @@ def test_the_program_of_a_child_starts_mpi_alone_and_looks_for_the_device(world_
     """All others put another program in its place; that one is the same but for the device."""
     done = subprocess.run(
         cuda_aware._command("fake:0"),
-        cwd=Path(cuda_aware.__file__).parents[1],
+        cwd=Path(cuda_aware.__file__).parents[2],
         env=cuda_aware.environment(os.environ),
         capture_output=True,
         text=True,

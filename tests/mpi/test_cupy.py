@@ -15,7 +15,8 @@ import pytest
 from copies import copied
 
 import mpidl
-from mpidl import arrays, cuda_aware
+from mpidl.arrays import view
+from mpidl.mpi import cuda_aware
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
 from fake_cupy import stand_in
@@ -44,7 +45,7 @@ def cupy(request, monkeypatch) -> Iterator[ModuleType]:
 
 def same(found, expected) -> None:
     """The kind is cupy's, the rest as expected of numpy."""
-    assert arrays.view(found).kind == "cupy"
+    assert view.view(found).kind == "cupy"
     known.assert_same(found.get(), expected)
 
 

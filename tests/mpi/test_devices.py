@@ -107,8 +107,8 @@ def test_one_rank_may_be_on_the_host(comm, fake):
 
 def test_a_device_that_cannot_be_used_is_refused_on_every_rank(comm, fake, monkeypatch):
     where = fake.where
-    monkeypatch.setattr("mpidl.arrays._torch_device", lambda x: where(x) if comm.rank else "cuda:0")
-    monkeypatch.setattr("mpidl._cuda.library", _no_library)
+    monkeypatch.setattr("mpidl.arrays.view._torch_device", lambda x: where(x) if comm.rank else "cuda:0")
+    monkeypatch.setattr("mpidl.native.cuda.library", _no_library)
     with pytest.raises(
         DtypeError if comm.rank == 0 else MismatchError, match="on cuda:0: mpidl was built without CUDA"
     ):
@@ -116,7 +116,7 @@ def test_a_device_that_cannot_be_used_is_refused_on_every_rank(comm, fake, monke
 
 
 def _no_library():
-    from mpidl._cuda import Cuda
+    from mpidl.native.cuda import Cuda
 
     return Cuda(Path("/nowhere"))
 

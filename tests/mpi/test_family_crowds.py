@@ -13,7 +13,7 @@ import pytest
 from family_helpers import Bowl, center_of, one_step, sgd
 
 import mpidl
-from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.center.center import Server
 
 WITH_OTHERS = True
 SIZES = (1,)

@@ -14,7 +14,7 @@ from family_helpers import Bowl, center_of, in_turns, one_step, sgd, weight
 
 import mpidl
 from mpidl.parameter_server import gem
-from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.center.center import Server
 
 WITH_OTHERS = True
 

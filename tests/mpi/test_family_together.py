@@ -10,8 +10,8 @@ import pytest
 from family_helpers import ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, one_step, sgd, weight
 
 import mpidl
-from mpidl.parameter_server import clock as clocks
-from mpidl.parameter_server.server import Beside, Server
+from mpidl.parameter_server.center import clock as clocks
+from mpidl.parameter_server.center.center import Beside, Server
 
 WITH_OTHERS = True
 SERVERS = (0, 1)

@@ -16,7 +16,7 @@ from copies import copied
 from test_synchronous import test_equals_one_rank_with_all_samples, test_uneven_loaders
 
 import mpidl
-from mpidl import arrays
+from mpidl.arrays import view
 from mpidl.collectives import Collectives
 
 __all__ = ["test_equals_one_rank_with_all_samples", "test_uneven_loaders"]
@@ -59,7 +59,7 @@ def test_calls_go_on_while_this_rank_does_something_else(comm: mpidl.Communicato
     ranks = Collectives(comm.topology, helper=os.environ["MPIDL_HELPER"] == "1")
     x, out = np.full(300_000, comm.rank + 1.0), np.empty(300_000)
     comm.barrier()
-    request = ranks.start_sum((1, 1), arrays.view(x), arrays.view(out), 1)
+    request = ranks.start_sum((1, 1), view.view(x), view.view(out), 1)
     if way == "on one node":
         time.sleep(0.5)  # nobody asks
         assert request.Test()
@@ -75,7 +75,7 @@ def test_one_that_is_dropped_half_way_ends_its_thread(comm: mpidl.Communicator):
     ranks = Collectives(topology, helper=os.environ["MPIDL_HELPER"] == "1")
     x = np.ones(300_000)
     if comm.rank == 0:  # the others never come
-        ranks.start_sum((1, 1), arrays.view(x), arrays.view(np.empty_like(x)), 1)
+        ranks.start_sum((1, 1), view.view(x), view.view(np.empty_like(x)), 1)
     del ranks, topology
     gc.collect()
     assert threads() == before

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from history import Commit, Pull, Shape, complaints
 
-from mpidl.parameter_server.server import Beside, Server
+from mpidl.parameter_server.center.center import Beside, Server
 
 WITH_OTHERS = True
 RANKS = (4, 8)

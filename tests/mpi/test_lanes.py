@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import mpidl
-from mpidl import arrays, leaving
-from mpidl.collectives import Collectives, Source, costs, wires
-from mpidl.collectives import lanes as lanes_module
-from mpidl.packing import Table
-from mpidl.topology import Topology
+from mpidl.arrays import view
+from mpidl.arrays.packing import Table
+from mpidl.collectives import Collectives, Source, cost_model
+from mpidl.collectives.lanes import pipeline as lanes_module
+from mpidl.collectives.lanes import transport
+from mpidl.mpi import exit_protocol
+from mpidl.mpi.topology import Topology
 
 WITH_OTHERS = True
 RANKS = (4, 8)
@@ -60,7 +62,7 @@ def algorithm(request: Any, comm: mpidl.Communicator, monkeypatch: pytest.Monkey
     few = directly and not (one_way or test is test_every_rank_gets_the_reduction)
     if (few and comm.size > RANKS[0]) or (test is test_every_rank_gets_its_block and comm.size == RANKS[1]):
         pytest.skip("shown by fewer ranks")
-    monkeypatch.setattr(costs, "choose", lambda *_, **__: request.param)
+    monkeypatch.setattr(cost_model, "choose", lambda *_, **__: request.param)
     return str(request.param)
 
 
@@ -132,7 +134,7 @@ def test_ranks_of_a_node_need_not_follow_each_other(comm: mpidl.Communicator, mo
         pytest.skip("shown by 4 ranks")
     if len({process.visible for process in comm.topology.placement.processes}) > 1:
         pytest.skip("ranks that really are on two nodes cannot change places")
-    monkeypatch.setattr(costs, "choose", lambda *_, **__: "direct")
+    monkeypatch.setattr(cost_model, "choose", lambda *_, **__: "direct")
     placement = replace(comm.topology.placement, nodes=(0, 1, 0, 1))
     topology = Topology(comm.topology._mpi, comm.topology.data, "by turns", placement)
     ranks = mpidl.Communicator._over(topology)
@@ -156,7 +158,7 @@ def test_means_and_bits(comm: mpidl.Communicator, algorithm: str):
 def test_several_at_a_time_end_in_order(comm: mpidl.Communicator, algorithm: str):
     ranks = Collectives(comm.topology)
     memory = [(np.full(2000 + 100 * i, comm.rank + i, np.float64), np.empty(2000 + 100 * i)) for i in range(5)]
-    started = [ranks.start_sum((9, i), arrays.view(x), arrays.view(out), 1) for i, (x, out) in enumerate(memory)]
+    started = [ranks.start_sum((9, i), view.view(x), view.view(out), 1) for i, (x, out) in enumerate(memory)]
     for request in reversed(started):
         while not request.tried():
             pass
@@ -179,14 +181,14 @@ def test_scattered_gradients(comm: mpidl.Communicator, algorithm: str, wire_dtyp
     ranks = Collectives(comm.topology, wire_dtype=wire_dtype)
     out = np.empty(sum(counts), np.float32)
     source = Source(Table(counts, offsets), addresses, "float32", 1.0, parts)
-    request = ranks.start_gathered_sum((1, 2), source, arrays.view(out), 1)
+    request = ranks.start_gathered_sum((1, 2), source, view.view(out), 1)
     while not request.tried():
         pass
     assert np.array_equal(out, expected)  # sums of up to 8 x 11 are exact in bfloat16
     assert request.finite
     if comm.rank == comm.size - 1:
         parts[5][700] = float("nan")
-    request = ranks.start_gathered_sum((1, 3), source, arrays.view(out), 1)
+    request = ranks.start_gathered_sum((1, 3), source, view.view(out), 1)
     while not request.tried():
         pass
     assert np.isnan(out).sum() == 1
@@ -194,7 +196,7 @@ def test_scattered_gradients(comm: mpidl.Communicator, algorithm: str, wire_dtyp
 
 
 def test_the_link_is_measured_once_and_known_to_all(comm: mpidl.Communicator):
-    link = costs.link_of(comm.topology)
+    link = cost_model.link_of(comm.topology)
     assert link.latency > 0
     assert link.per_byte > 0
     duplicate = comm.topology.duplicate("a duplicate")
@@ -208,7 +210,7 @@ def test_deterministic_choices_ask_no_link(comm: mpidl.Communicator, node_size: 
     monkeypatch.setenv("MPIDL_NODE_SIZE", str(node_size))
     monkeypatch.setenv("MPIDL_DETERMINISTIC", "1" if comm.rank == 1 else "")  # one rank's wish holds for all
     copy = mpidl.Communicator(comm.topology.data)
-    assert copy.topology.link == costs._USUAL
+    assert copy.topology.link == cost_model._USUAL
     copy.free()
     monkeypatch.setenv("MPIDL_DETERMINISTIC", "maybe" if comm.rank == 1 else "")
     with pytest.raises(mpidl.ArgumentError, match="'maybe'" if comm.rank == 1 else "rank 1 refused its MPIDL_DETERM"):
@@ -242,12 +244,12 @@ def test_an_interrupt_half_way_leaves_no_message_to_be_taken_for_another(
 ):
     topology = comm.topology.duplicate("is given up")
     ranks = Collectives(topology)
-    x, out = arrays.view(np.ones(3000)), arrays.view(np.empty(3000))
+    x, out = view.view(np.ones(3000)), view.view(np.empty(3000))
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wires.Wire, "send", interrupt)
+    monkeypatch.setattr(transport.Wire, "send", interrupt)
     interrupted, until = False, time.monotonic() + 1
     try:
         request = ranks.start_sum((1, 1), x, out, 1)
@@ -259,7 +261,7 @@ def test_an_interrupt_half_way_leaves_no_message_to_be_taken_for_another(
             topology.begin()
     monkeypatch.undo()
     assert comm.allreduce(np.array([int(interrupted)]), "max")[0]
-    leaving._open.clear()  # what was given up would end the job when this rank leaves
+    exit_protocol._open.clear()  # what was given up would end the job when this rank leaves
     comm.barrier()
 
 

@@ -13,9 +13,9 @@ from family_helpers import BESIDE, ELEMENTS, KINDS, Bowl, Slope, center_of, ever
 from training_helpers import batch, loss_of, mlp
 
 import mpidl
-from mpidl import flat
 from mpidl.errors import ArgumentError, ClosedError
-from mpidl.parameter_server.server import Server
+from mpidl.optim import flat
+from mpidl.parameter_server.center.center import Server
 
 WITH_OTHERS = True
 SIZES = (1, 4, (2, 1))

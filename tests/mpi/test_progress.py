@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import mpidl
-from mpidl import communicator, runtime
-from mpidl.parameter_server.server import Server
+from mpidl.collectives import communicator
+from mpidl.mpi import runtime
+from mpidl.parameter_server.center.center import Server
 
 WITH_OTHERS = True
 ELEMENTS = 64 * 12  # a shard for each of up to 12 owners

@@ -9,15 +9,15 @@ import time
 import numpy as np
 import pytest
 
-from mpidl import leaving
 from mpidl.errors import ArgumentError, ClosedError
-from mpidl.mail import AFTER, AHEAD, HEADER, PIECE, READ, Letter
-from mpidl.parameter_server import protocols
-from mpidl.parameter_server import server as servers
-from mpidl.parameter_server.progress import Progress
-from mpidl.parameter_server.server import Beside, Server
-from mpidl.post import Post
-from mpidl.window import Plan
+from mpidl.mpi import exit_protocol
+from mpidl.one_sided.active_message import AFTER, AHEAD, HEADER, PIECE, READ, Letter
+from mpidl.one_sided.message_server import Post
+from mpidl.one_sided.window import Plan
+from mpidl.parameter_server.center import center as servers
+from mpidl.parameter_server.center import protocol
+from mpidl.parameter_server.center.center import Beside, Server
+from mpidl.parameter_server.center.progress_thread import Progress
 
 WITH_OTHERS = True
 
@@ -44,29 +44,29 @@ def never(*_):
 
 def test_what_the_user_says_is_done_or_refused_alike(ranks, monkeypatch):
     last = ranks.rank == ranks.size - 1
-    for wish in (protocols.RMA, protocols.MAIL):
-        monkeypatch.setenv(protocols.SWITCH, wish)
-        assert protocols.choose(ranks, ranks, never) == wish
-    monkeypatch.setenv(protocols.SWITCH, "post" if last else "")
+    for wish in (protocol.RMA, protocol.MAIL):
+        monkeypatch.setenv(protocol.SWITCH, wish)
+        assert protocol.choose(ranks, ranks, never) == wish
+    monkeypatch.setenv(protocol.SWITCH, "post" if last else "")
     with pytest.raises(ArgumentError, match=rf"MPIDL_CENTER='post' on rank {ranks.size - 1}: expected mail or rma"):
-        protocols.choose(ranks, ranks, never)
+        protocol.choose(ranks, ranks, never)
     if ranks.size > 1:
-        monkeypatch.setenv(protocols.SWITCH, "mail" if last else "rma")
+        monkeypatch.setenv(protocol.SWITCH, "mail" if last else "rma")
         with pytest.raises(ArgumentError, match=rf"is 'rma' on rank 0 and 'mail' on rank {ranks.size - 1}: set it"):
-            protocols.choose(ranks, ranks, never)
+            protocol.choose(ranks, ranks, never)
 
 
 def test_between_nodes_the_slowest_rank_of_a_trial_decides_for_all(far_ranks, monkeypatch):
     ranks, said = far_ranks, []
     if ranks.size == 1:
         pytest.skip("one rank is on one node")
-    monkeypatch.setattr(leaving, "say", said.append)
-    monkeypatch.setattr(protocols, "_said", set())
+    monkeypatch.setattr(exit_protocol, "say", said.append)
+    monkeypatch.setattr(protocol, "_said", set())
     slow = ranks.rank == ranks.size - 1
     times = {"mail": 0.003 if slow else 0.001, "rma": 0.002}
-    assert protocols.choose(ranks, ranks, lambda one, _: times[one]) == "rma"
+    assert protocol.choose(ranks, ranks, lambda one, _: times[one]) == "rma"
     times = {"mail": 0.003, "rma": 0.004 if slow else 0.001}
-    assert protocols.choose(ranks, ranks, lambda one, _: times[one]) == "mail"
+    assert protocol.choose(ranks, ranks, lambda one, _: times[one]) == "mail"
     assert (len(said) == 2) == (ranks.rank == 0)
     assert ranks.rank or "took 3.0 ms by mail, 4.0 ms by rma; MPIDL_CENTER decides otherwise" in said[1]
 
@@ -91,7 +91,7 @@ def test_a_center_on_two_nodes_is_tried_chosen_and_exact(far_ranks, monkeypatch)
     ranks, count = far_ranks, 4 * PIECE + 1003
     if ranks.size == 1:
         pytest.skip("one rank is on one node")
-    monkeypatch.setattr(leaving, "say", lambda _: None)
+    monkeypatch.setattr(exit_protocol, "say", lambda _: None)
     chosen = Server(ranks, np.zeros(10), "test")
     assert chosen.protocol in ("mail", "rma")
     found = ranks.gather_words(np.array([chosen.protocol == "mail"], np.int64), "test")
@@ -150,7 +150,7 @@ def test_long_runs_of_one_shard_come_back_in_their_places(ranks, request, far):
 
 def test_an_exchange_given_up_half_way_lets_no_other_follow(comm, monkeypatch):
     ranks = comm.topology.duplicate("test of letters given up")
-    monkeypatch.setenv(protocols.SWITCH, "mail")
+    monkeypatch.setenv(protocol.SWITCH, "mail")
     server = Server(ranks, np.zeros(10), "test")
     letters = server._post.ranks.channel
     monkeypatch.setattr(letters, "given_up", "an exchange was given up half-way")
@@ -163,7 +163,7 @@ def test_an_exchange_given_up_half_way_lets_no_other_follow(comm, monkeypatch):
 
 def test_a_helper_that_waits_for_a_dead_rank_s_lock_can_be_ended(ranks, monkeypatch):
     """Every rank writes to itself; of its memory the first block is held by a process that will not come back."""
-    monkeypatch.setattr(leaving, "opened", lambda _: None)
+    monkeypatch.setattr(exit_protocol, "opened", lambda _: None)
     blocks = Plan("a variable", "float64", (8,) * ranks.size, mailed=(8,) * ranks.size, alone=True).make(ranks)
     post = Post(ranks, [blocks], "test", lambda: None)
     helper = Progress(ranks, "test", post)

@@ -16,7 +16,7 @@ from family_helpers import BESIDE, KINDS, sgd
 from training_helpers import abandon, batch, loss_of, mlp
 
 import mpidl
-from mpidl.parameter_server import replay
+from mpidl.parameter_server.worker import replay
 
 WITH_OTHERS = True
 SERVERS = (0, 1)

@@ -11,7 +11,7 @@ import torch
 from known import assert_same
 
 import mpidl
-from mpidl import runtime
+from mpidl.mpi import runtime
 
 WITH_OTHERS = True
 

@@ -19,11 +19,11 @@ from copies import copied
 from training_helpers import batch, loss_of, mlp
 
 import mpidl
-from mpidl.collectives import costs
-from mpidl.placement import Link
-from mpidl.training import session
-from mpidl.training.agreement import RefusedError
+from mpidl.collectives import cost_model
+from mpidl.mpi.placement import Link
+from mpidl.training import run
 from mpidl.training.checkpoint import Draft, Store, decode, decode_tensors
+from mpidl.training.refusal import RefusedError
 from mpidl.training.settings import Settings
 from mpidl.training.stop import StopRequest
 
@@ -54,7 +54,7 @@ def train(comm, output, stop_at=None, **changed):
     """Trains on `comm`; its last rank is asked to stop. 46 samples: epochs of 12, 6, 4 or 3 steps on 1 to 4 ranks."""
     settings = Settings(job=JOB, output=output, epochs=3, batch_size=4, log_every=2, communication_window=2)
     stop = StopAt(stop_at if comm.rank == comm.size - 1 else None)
-    return session.run(replace(settings, **changed), stop, comm)
+    return run.run(replace(settings, **changed), stop, comm)
 
 
 def noted():
@@ -131,7 +131,7 @@ def test_what_was_measured_of_the_link_holds_on(comm, folder, monkeypatch):
         measured = nodes.topology.link.as_dict()
         assert train(nodes, output, stop_at=3) == 75
     assert summary(output)["link"] == newest(output).manifest["world"]["link"] == measured
-    monkeypatch.setattr(costs, "_measured", lambda _: Link(1.0, 1.0))
+    monkeypatch.setattr(cost_model, "_measured", lambda _: Link(1.0, 1.0))
     with copied(comm, monkeypatch, "MPIDL_NODE_SIZE", 1) as nodes:
         assert nodes.topology.link == Link(1.0, 1.0)
         assert train(nodes, output, resume=True) == 0
@@ -151,7 +151,7 @@ def test_a_sharded_run_and_an_unsharded_one_go_on_from_each_other(comm, folder):
 
 def test_sharding_is_refused_where_it_cannot_be(comm, folder):
     with pytest.raises(RefusedError, match="--shard: --algorithm downpour cannot share weights"):
-        session.run(Settings(job=JOB, output=folder, algorithm="downpour", shard=True), StopAt(None))
+        run.run(Settings(job=JOB, output=folder, algorithm="downpour", shard=True), StopAt(None))
 
 
 def test_stopped_again_and_again_a_run_ends_the_same(comm, folder):

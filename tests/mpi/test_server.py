@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl.parameter_server.server import Server
-from mpidl.parameter_server.sharding import shard
-from mpidl.processes import Process
-from mpidl.topology import Topology
-from mpidl.window import Window
+from mpidl.mpi.processes import Process
+from mpidl.mpi.topology import Topology
+from mpidl.one_sided.window import Window
+from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.sharding import shard
 
 WITH_OTHERS = True
 pytestmark = pytest.mark.usefixtures("protocol")

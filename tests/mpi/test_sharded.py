@@ -9,8 +9,9 @@ from sharded_helpers import Net, same, same_state, train
 from training_helpers import assert_alike, assert_close
 
 import mpidl
-from mpidl.collectives import costs, lanes
-from mpidl.topology import Topology
+from mpidl.collectives import cost_model
+from mpidl.collectives.lanes import pipeline
+from mpidl.mpi.topology import Topology
 
 WITH_OTHERS = True
 TIME_LIMIT = 600
@@ -117,9 +118,9 @@ def test_across_nodes_bit_for_bit_as_without_shard(comm, monkeypatch, value, nam
 
 def force(monkeypatch, exchange):
     """Slices are so small that a bucket takes many segments."""
-    monkeypatch.setattr(costs, "choose", lambda *_, **__: exchange)
-    monkeypatch.setattr(costs, "choose_exchange", lambda *_, **__: exchange)
-    monkeypatch.setattr(lanes, "SLICE", 512)
+    monkeypatch.setattr(cost_model, "choose", lambda *_, **__: exchange)
+    monkeypatch.setattr(cost_model, "choose_exchange", lambda *_, **__: exchange)
+    monkeypatch.setattr(pipeline, "SLICE", 512)
 
 
 def whole_steps(comm, make, steps, *, shard, **options):

@@ -12,7 +12,7 @@ from known import named_segments
 from training_helpers import abandon, assert_alike, batch, loss_of, mlp
 
 import mpidl
-from mpidl import shared_memory
+from mpidl.mpi import shared_memory
 
 WITH_OTHERS = True
 

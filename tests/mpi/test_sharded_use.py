@@ -11,7 +11,7 @@ from sharded_helpers import Net, data, same, same_state, train
 from training_helpers import assert_alike, assert_close, batch, loss_of, mlp
 
 import mpidl
-from mpidl import runtime
+from mpidl.mpi import runtime
 
 WITH_OTHERS = True
 

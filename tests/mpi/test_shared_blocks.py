@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from mpidl import leaving, shared_blocks, shared_memory
 from mpidl.errors import ArgumentError, ClosedError, RankFailedError, SharedMemoryError
-from mpidl.parameter_server.server import Server
-from mpidl.processes import Process
-from mpidl.window import Plan
+from mpidl.mpi import exit_protocol, shared_memory
+from mpidl.mpi.processes import Process
+from mpidl.one_sided import locked_array
+from mpidl.one_sided.window import Plan
+from mpidl.parameter_server.center.center import Server
 
 WITH_OTHERS = True
 SIZES = (1,)
@@ -44,8 +45,8 @@ def version(blocks):
 
 def test_who_waits_for_a_lock_looks_around_says_so_and_goes_on(world_comm, blocks, monkeypatch):
     looks, said, out = [], [], np.empty(COUNT)
-    monkeypatch.setattr(shared_blocks, "_SAY_AFTER", 0.05)
-    monkeypatch.setattr(leaving, "say", said.append)
+    monkeypatch.setattr(locked_array, "_SAY_AFTER", 0.05)
+    monkeypatch.setattr(exit_protocol, "say", said.append)
     if world_comm.rank == 0:
         first_lock(blocks).value = world_comm.size  # the last rank's mark
     world_comm.barrier()

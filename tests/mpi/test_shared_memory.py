@@ -14,9 +14,10 @@ import torch
 from known import named_segments
 
 import mpidl
-from mpidl import arrays, operations, shared_memory
-from mpidl.collectives import Call, Driven, Source, chosen
-from mpidl.packing import Table
+from mpidl.arrays import view
+from mpidl.arrays.packing import Table
+from mpidl.collectives import Call, Driven, Source, dispatch, operations
+from mpidl.mpi import shared_memory
 
 WITH_OTHERS = True
 SIZES = (2, 3, 4)
@@ -29,10 +30,10 @@ DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64")
 def cut(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes collectives whose slices have so many bytes; with `small` bytes beside the words."""
 
-    def make(comm: mpidl.Communicator, piece: int, small: int = 0) -> chosen.Collectives:
+    def make(comm: mpidl.Communicator, piece: int, small: int = 0) -> dispatch.Collectives:
         segment = shared_memory.make_segment
         monkeypatch.setattr(shared_memory, "make_segment", lambda ranks: segment(ranks, small=small, piece=piece))
-        made = chosen.Collectives(comm.topology)
+        made = dispatch.Collectives(comm.topology)
         monkeypatch.undo()
         assert made.node is not None
         return made
@@ -76,9 +77,9 @@ def test_the_bits_are_those_of_rank_order_however_the_data_are_cut(comm: mpidl.C
                 expected = in_rank_order(comm.size, count, dtype, op)
                 send, receive = uneven(comm.rank, count, dtype), torch.zeros(count, dtype=expected.dtype)
                 call = Call("allreduce", f"{op} {count}")
-                done(ranks.allreduce(call, arrays.view(send), arrays.view(receive), op))
+                done(ranks.allreduce(call, view.view(send), view.view(receive), op))
                 assert torch.equal(receive, expected), (piece, count, op)
-                done(ranks.allreduce(call, arrays.view(send), arrays.view(send), op))  # in place
+                done(ranks.allreduce(call, view.view(send), view.view(send), op))  # in place
                 assert torch.equal(send, expected), (piece, count, op)
 
 
@@ -89,7 +90,7 @@ def test_any_alignment(comm: mpidl.Communicator, cut: Any):
         raw, out = (np.zeros(4008, np.uint8) for _ in range(2))
         memory, result = (array[shift : shift + 4000].view(np.float32) for array in (raw, out))
         memory[:] = uneven(comm.rank, 1000, "float32").numpy()
-        done(ranks.allreduce(Call("allreduce"), arrays.view(memory), arrays.view(result), "sum"))
+        done(ranks.allreduce(Call("allreduce"), view.view(memory), view.view(result), "sum"))
         assert np.array_equal(result, expected)
         assert not out[:shift].any()
         assert not out[shift + 4000 :].any()
@@ -117,11 +118,11 @@ def test_scattered_input_is_scaled_cast_and_added(comm: mpidl.Communicator, cut:
         addresses = [one.data_ptr() for one in mine]
         addresses[(2 + comm.rank) % 4] = 0
         source = Source(Table(counts, offsets), addresses, dtype, float(comm.rank + 1), mine)
-        receive = arrays.empty_flat(sum(counts), wide)
+        receive = view.empty_flat(sum(counts), wide)
         request = ranks.start_gathered_sum((1, 2), source, receive, 2)
         while not request.tried():
             pass
-        assert torch.equal(torch.from_numpy(arrays.as_numpy(receive)), expected / 2)
+        assert torch.equal(torch.from_numpy(view.as_numpy(receive)), expected / 2)
         assert request.finite
 
 
@@ -131,7 +132,7 @@ def test_what_is_not_finite_is_seen_by_the_rank_that_brought_it(comm: mpidl.Comm
         if comm.rank == 1:
             mine[321] = worst
         source = Source(Table((500,), (0,)), [mine.data_ptr()], dtype, 1.0, mine)
-        request = cut(comm, 64).start_gathered_sum((1, 2), source, arrays.empty_flat(500, dtype), 1)
+        request = cut(comm, 64).start_gathered_sum((1, 2), source, view.empty_flat(500, dtype), 1)
         while not request.tried():
             pass
         assert request.finite == (comm.rank != 1 or worst == 1e300)

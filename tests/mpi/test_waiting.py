@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl import waiting
+from mpidl.mpi import waiting
 
 WITH_OTHERS = True
 SIZES = (4,)  # each test waits for seconds

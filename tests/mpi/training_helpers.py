@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from mpidl import leaving
+from mpidl.mpi import exit_protocol
 
 FEATURES = 6
 
@@ -50,7 +50,7 @@ def assert_close(found: torch.nn.Module, expected: torch.nn.Module, bound: float
 
 def abandon(optimizer) -> None:
     """Gives up an optimizer whose ranks have come apart on purpose, so that this process may still end quietly."""
-    leaving.closed(optimizer._token)
+    exit_protocol.closed(optimizer._token)
 
 
 def assert_alike(comm, model: torch.nn.Module) -> None:

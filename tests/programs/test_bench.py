@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launching import MPIDL, Result, run_ranks
 
-from mpidl.benchmarks.results import read
+from mpidl.cli.bench.results import read
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CONTENDERS = {

@@ -29,7 +29,7 @@ OUTSIDE_MPI = """
 import sys, time
 from pathlib import Path
 import numpy as np, mpidl
-from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.center.center import Server
 comm, done = mpidl.world(servers=int(sys.argv[1])), Path(sys.argv[2])
 assert comm.nodes == comm.size
 server = Server(comm.topology, np.zeros(1000), "planted", comm.service, protocol=sys.argv[3] or None)
@@ -123,7 +123,7 @@ import mpi4py
 mpi4py.rc.thread_level = "serialized"
 from mpi4py import MPI
 import threading, numpy as np, mpidl
-from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.center.center import Server
 comm = mpidl.world()
 for _ in range(2):
     server = Server(comm.topology, np.zeros(1000), "planted")
@@ -140,7 +140,7 @@ def test_without_threads_in_mpi_there_is_no_helper_and_it_is_said_once(tmp_path:
 
 FAILS = """
 import sys, time, numpy as np, mpidl
-from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.center.center import Server
 comm = mpidl.world()
 server = Server(comm.topology, np.zeros(1000), "planted")
 assert server._progress is not None

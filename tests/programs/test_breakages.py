@@ -35,48 +35,48 @@ class Breakage:
 
 BREAKAGES = {
     "allreduce returns what it was given": Breakage(
-        "operations.py",
+        "collectives/operations.py",
         "    yield from ranks.allreduce(call, send, receive, op)\n",
         "    yield from ranks.barrier(call)\n    arrays.as_numpy(receive)[:] = arrays.as_numpy(send)\n",
         "mpi/test_collectives.py",
         "-k allreduce",
     ),
     "gradients are not summed": Breakage(
-        "collectives/in_node.py",
+        "collectives/node.py",
         "(0, receive.address), **options)",
         '(0, receive.address), **options | {"op": "max"})',
         "mpi/test_synchronous.py",
         "-k equals_one_rank",
     ),
     "between nodes gradients are not summed": Breakage(
-        "collectives/chosen.py",
+        "collectives/dispatch.py",
         'yield from topology.start_allreduce(send, receive, "sum")',
         'yield from topology.start_allreduce(send, receive, "max")',
         "mpi/test_by_mpi.py",
         "-k equals_one_rank",
     ),
     "a wrong call is not noticed in shared memory": Breakage(
-        "collectives/in_node.py",
+        "collectives/node.py",
         "front.end(differs=progress == _node.DIFFERS)",
         "front.end(differs=False)",
         "mpi/test_mismatch.py",
     ),
     "what others committed beside a local step is forgotten": Breakage(
-        "parameter_server/delta.py",
+        "parameter_server/worker/delta.py",
         "        flat.shift(self._layout, views, done.reached, sent.pulled)\n",
         "        flat.shift(self._layout, views, done.reached, done.reached.copy())\n",
         "mpi/test_overlap.py",
         "-k is_what_it_says",
     ),
     "a commit skips the last shard": Breakage(
-        "parameter_server/sharded_array.py",
+        "parameter_server/center/rma_array.py",
         "        for part in self._order:\n            if part.count:\n                self.window.add(",
         "        for part in self._order[:-1]:\n            if part.count:\n                self.window.add(",
         "mpi/test_server.py::4-ranks",
         "-k add_up",
     ),
     "a commit is read, added and written back": Breakage(
-        "window.py",
+        "one_sided/window.py",
         "            self._window.Accumulate([piece, self._type], target, place, self._mpi.SUM)\n",
         "            old = np.empty_like(piece)\n"
         "            self._window.Get([old, self._type], target, place)\n"
@@ -87,7 +87,7 @@ BREAKAGES = {
         "-k add_up",
     ),
     "in shared memory a commit is read, added and written back": Breakage(
-        "parameter_server/sharded_array.py",
+        "parameter_server/center/rma_array.py",
         "            self._blocks.add(part.start, values[_place(part)])\n",
         "            old = np.empty_like(values[_place(part)])\n"
         "            self._blocks.read(part.start, old)\n"
@@ -96,14 +96,14 @@ BREAKAGES = {
         "-k add_up",
     ),
     "in shared memory a pull leaves its own commit out": Breakage(
-        "parameter_server/sharded_array.py",
+        "parameter_server/center/rma_array.py",
         "            self._blocks.add(part.start, values[_place(part)], scale, after=out[_place(part)])\n",
         "            self._blocks.add(part.start, values[_place(part)], scale, before=out[_place(part)])\n",
         "mpi/test_history.py",
         "-k free_runners",
     ),
     "by letter a commit is read, added and written back": Breakage(
-        "post.py",
+        "one_sided/message_server.py",
         "            self._array.add(at, values, self._scale, **read)\n",
         "            old = np.empty_like(values)\n"
         "            self._array.read(at, old)\n"
@@ -113,42 +113,42 @@ BREAKAGES = {
         "-k add_up_exactly_a_thousand",
     ),
     "letters to one rank are sent all at once": Breakage(
-        "mail.py",
+        "one_sided/active_message.py",
         "                    begun.add(letter.to)\n",
         "                    pass\n",
         "mpi/test_protocols.py",
         "-k long_runs",
     ),
     "an answer leaves out what was sent with it": Breakage(
-        "post.py",
+        "one_sided/message_server.py",
         '"before" if self._answer == BEFORE else "after": answer',
         '"after" if self._answer == BEFORE else "before": answer',
         "mpi/test_history.py",
         "-k free_runners",
     ),
     "a commit counts before it has landed": Breakage(
-        "parameter_server/server.py",
+        "parameter_server/center/center.py",
         "        self._center.add(delta)\n",
         "        self.clock.land()\n        __import__('time').sleep(0.002)\n        self._center.add(delta)\n",
         "mpi/test_server.py::4-ranks",
         "-k clocks_while_all_run_free",
     ),
     "a bucket forgets the tensor that did not fit": Breakage(
-        "layout.py",
+        "arrays/layout.py",
         "members, nbytes = [], 0",
         "members, nbytes = [], -tensor.nbytes\n            continue",
         "mpi/test_synchronous.py",
         "-k every_bucket_size",
     ),
     "a late gradient is not sent again": Breakage(
-        "reducer.py",
+        "synchronous/reduction/reducer.py",
         "    self._round.late.add(number)",
         "    pass",
         "mpi/test_synchronous.py",
         "-k checkpointing",
     ),
     "the tail of a window is dropped": Breakage(
-        "parameter_server/worker.py",
+        "parameter_server/worker/base.py",
         "        if self._steps:\n            self._exchange()\n            self._settle()\n",
         "",
         "mpi/test_asynchronous.py",

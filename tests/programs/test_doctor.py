@@ -11,8 +11,8 @@ import pytest
 from bed import FOLDER
 from launching import MPIDL, environment_for_tests, run_ranks
 
-from mpidl import _native
-from mpidl.cli.launcher import slurm_plugin
+from mpidl.cli.launch.launcher import slurm_plugin
+from mpidl.native import library
 
 SUBJECTS = [
     "MPI",
@@ -49,7 +49,7 @@ def test_a_sound_machine_gets_one_line_for_each_thing(ranks: int) -> None:
     assert f"1 x {ranks}" in report["ranks per node"]
     assert f"{ranks} rank(s), right" in report["one-sided MPI"]
     assert "mpidl was built without CUDA" in report["GPU arrays"] or "mpidl_cuda_allocate" in report["GPU arrays"]
-    assert report["extension"].endswith(f"packing works, with {_native.instructions()} instructions")
+    assert report["extension"].endswith(f"packing works, with {library.instructions()} instructions")
     crowded = ranks > len(os.sched_getaffinity(0))
     assert report["torch threads"].startswith("WARN" if crowded else "ok")
 
@@ -127,7 +127,7 @@ def test_a_launcher_of_another_mpi_is_a_failure() -> None:
 def test_what_hangs_is_reported_within_the_time_limit() -> None:
     program = (
         "import sys, time\n"
-        "from mpidl.window import Window\n"
+        "from mpidl.one_sided.window import Window\n"
         "Window.fetch_add = lambda *_: time.sleep(1000)\n"  # a call into MPI that never comes back
         "from mpidl.cli import main\n"
         "main(['doctor', '--time-limit', '6'])\n"
@@ -147,7 +147,8 @@ def on_a_gpu(kind: str) -> str:
     return (
         f"import sys; sys.path.insert(0, {str(host)!r})\n"
         "from host_build import host_cuda\n"
-        "from mpidl import cuda_aware, devices\n"
+        "from mpidl.arrays import devices\n"
+        "from mpidl.mpi import cuda_aware\n"
         "devices.register('cuda', lambda number: devices.Device(host_cuda(), number, lambda _: 0))\n"
         "cuda_aware._TIME_LIMIT = 60\n"
         f"program = [sys.executable, {str(host / 'probe_child.py')!r}, {kind!r}]\n"

@@ -117,7 +117,7 @@ if comm.rank == 0:
 else:
     time.sleep(1.5)  # the others have ended
     if comm.rank == 1:
-        mpidl.Communicator(mpidl.runtime.mpi().COMM_SELF).allreduce(np.ones(3))
+        mpidl.Communicator(mpidl.mpi.runtime.mpi().COMM_SELF).allreduce(np.ones(3))
 print("rank %d is done" % comm.rank, flush=True)
 """
 

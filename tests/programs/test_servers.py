@@ -44,7 +44,7 @@ def test_the_script_of_the_readme_trains_with_a_server(tmp_path: Path) -> None:
 REFUSED = """
 from pathlib import Path
 import mpidl
-from mpidl import runtime
+from mpidl.mpi import runtime
 rank = runtime.mpi().COMM_WORLD.rank
 said = Path(__file__).with_name(f"{rank}.txt").open("w", buffering=1)
 for servers in (3, -1, True, 1.0, "1", rank):
@@ -83,7 +83,7 @@ def test_what_cannot_be_is_refused_alike_and_can_be_corrected(tmp_path: Path) ->
 IDLE = """
 import atexit, os, time
 import numpy as np, mpidl
-from mpidl import runtime
+from mpidl.mpi import runtime
 sleep, asleep = time.sleep, 0.0
 
 def counted(seconds):
@@ -161,7 +161,7 @@ def test_a_server_that_dies_ends_the_workers(name: str, reason: str) -> None:
 
 STOPPED_SERVER = """
 import os, signal, time, numpy as np, mpidl
-from mpidl.parameter_server.server import Server
+from mpidl.parameter_server.center.center import Server
 comm = mpidl.world(servers=1)
 if comm.rank == 0:
     os.kill(comm.service.whole.placement.processes[2].pid, signal.SIGSTOP)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from mpidl import leaving
+from mpidl.mpi import exit_protocol
 
 _calls = itertools.count(1)
 
@@ -46,6 +46,6 @@ def _hold(folder):
     rank = os.environ["SLURM_PROCID"]
     (folder / f"held.{rank}").touch()
     while not (folder / "go").exists():
-        if leaving.asked_to_stop():
+        if exit_protocol.asked_to_stop():
             (folder / f"asked.{rank}").touch()
         time.sleep(0.05)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launching import environment_for_tests
 
-from mpidl.cli.supervisor import descendants
+from mpidl.cli.launch.supervisor import descendants
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")

@@ -10,7 +10,7 @@ from bed import FOLDER
 from bed import RANKS as RANKS_VARIABLE
 from slurm_cluster import ROOT, TIME_LIMIT, Cluster
 
-from mpidl.cli.launcher import slurm_plugin
+from mpidl.cli.launch.launcher import slurm_plugin
 
 pytestmark = pytest.mark.slurm
 RANKS = 4

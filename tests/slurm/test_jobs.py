@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from slurm_cluster import Cluster, Ended
 
-from mpidl.cli.launcher import slurm_plugin
+from mpidl.cli.launch.launcher import slurm_plugin
 
 pytestmark = pytest.mark.slurm
 PLUGIN = slurm_plugin()

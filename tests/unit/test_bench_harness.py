@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mpidl.benchmarks import harness, machine, models, plot, report, session
-from mpidl.benchmarks.harness import Case, Contender, Plan, Series, measure
-from mpidl.benchmarks.judging import FEWEST_ROUNDS, judge
-from mpidl.benchmarks.ranks import Alone
-from mpidl.benchmarks.results import Result, Writer, read
-from mpidl.benchmarks.targets import TARGETS
+from mpidl.cli.bench import harness, machine, models, plot, report, session
+from mpidl.cli.bench.harness import Case, Contender, Plan, Series, measure
+from mpidl.cli.bench.judging import FEWEST_ROUNDS, judge
+from mpidl.cli.bench.ranks import Alone
+from mpidl.cli.bench.results import Result, Writer, read
+from mpidl.cli.bench.targets import TARGETS
 from mpidl.cli.group import cli
 from mpidl.errors import ArgumentError
 
@@ -286,7 +286,7 @@ def test_the_models_have_the_sizes_of_their_names() -> None:
 
 def test_a_rank_is_pinned_to_a_core_of_its_own() -> None:
     program = (
-        "import os; from mpidl.benchmarks import machine; before = sorted(os.sched_getaffinity(0)); "
+        "import os; from mpidl.cli.bench import machine; before = sorted(os.sched_getaffinity(0)); "
         "core = machine.pin(); print(before[1 % len(before)] == core, os.sched_getaffinity(0) == {core}, "
         "os.environ['OMP_NUM_THREADS'])"
     )

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mpidl.benchmarks import judging, ratios
-from mpidl.benchmarks.harness import Series
-from mpidl.benchmarks.judging import ABSENT, FAILED, MET, MISSED, UNDECIDED, decide
-from mpidl.benchmarks.results import Result
-from mpidl.benchmarks.targets import Target
+from mpidl.cli.bench import judging, ratios
+from mpidl.cli.bench.harness import Series
+from mpidl.cli.bench.judging import ABSENT, FAILED, MET, MISSED, UNDECIDED, decide
+from mpidl.cli.bench.results import Result
+from mpidl.cli.bench.targets import Target
 
 EVEN = [1.0] * 20
 SPEED = Target("b", "t", "ours", "theirs", "speed", ">=", 2.0, {"n": (10, 20)})

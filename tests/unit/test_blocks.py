@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mpidl.blocks import LINE, share_out
-from mpidl.layout import Tensor, buckets
+from mpidl.arrays.layout import Tensor, buckets
+from mpidl.synchronous.sharded.partition import LINE, share_out
 
 SHAPES = [(3, 5), (64,), (), (0, 4), (1000,), (7, 129), (1,), (65,)]
 

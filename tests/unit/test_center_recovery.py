@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from mpidl import _native
+from mpidl.native import library as _native
 
 pytestmark = pytest.mark.any_mpi
 

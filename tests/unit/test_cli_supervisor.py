@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from launching import alive
 
-from mpidl.cli.supervisor import descendants
+from mpidl.cli.launch.supervisor import descendants
 
-SUPERVISE = "import os, sys; from mpidl.cli.supervisor import supervise; sys.exit(supervise(sys.argv[1:], os.environ))"
+SUPERVISE = (
+    "import os, sys; from mpidl.cli.launch.supervisor import supervise; sys.exit(supervise(sys.argv[1:], os.environ))"
+)
 
 # A job that writes what it got; it survives SIGUSR1 and, if told so, SIGTERM.
 JOB = """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mpidl import _cuda
 from mpidl.errors import DeviceError
+from mpidl.native import cuda as _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = Path(_cuda.__file__).with_name("_mpidl_cuda.so")

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packing_reference import _decoded, _encoded
 
-from mpidl import _cuda, _native
-from mpidl.arrays import ITEMSIZES
+from mpidl.arrays.view import ITEMSIZES
 from mpidl.errors import ArgumentError, DeviceError, DtypeError, ExtensionError
-from mpidl.packing_reference import _decoded, _encoded
+from mpidl.native import cuda as _cuda
+from mpidl.native import library
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))
 from host_build import CSRC, Memory, allocations, finish, host_cuda, launches
@@ -258,7 +259,7 @@ def test_a_missing_or_foreign_library_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExtensionError, match=r"built without CUDA.*nvcc"):
         _cuda.Cuda(tmp_path / "none.so")
     with pytest.raises(ExtensionError, match="cannot be loaded"):
-        _cuda.Cuda(Path(_native.__file__).with_name("_mpidl.so"))
+        _cuda.Cuda(Path(library.__file__).with_name("_mpidl.so"))
 
 
 def nvcc_flags() -> list[str]:
@@ -276,7 +277,7 @@ def test_every_kernel_really_moves_16_bytes_at_a_time(tmp_path: Path) -> None:
         pytest.skip("nvcc is not installed, so there is no PTX to read")
     ptx = tmp_path / "packing.ptx"
     flags = [flag for flag in nvcc_flags() if flag.startswith(("-O", "-std", "-fmad"))]
-    command = [nvcc, "-ptx", "-arch=compute_80", *flags, "-o", str(ptx), str(CSRC / "cuda_packing.cu")]
+    command = [nvcc, "-ptx", "-arch=compute_80", *flags, f"-I{CSRC}", "-o", str(ptx), str(CSRC / "cuda/packing.cu")]
     subprocess.run(command, check=True, capture_output=True)
     kernels = re.split(r"^\.visible \.entry |^\.entry ", ptx.read_text(), flags=re.M)[1:]
     assert len(kernels) == len(PAIRS)

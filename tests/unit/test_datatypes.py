@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mpidl import datatypes
-from mpidl.arrays import ITEMSIZES
+from mpidl.arrays.view import ITEMSIZES
 from mpidl.errors import ArgumentError, DtypeError
+from mpidl.mpi import datatypes
 
 WHOLE = [name for name in ITEMSIZES if "int" in name]
 COMPLEX = ["complex64", "complex128"]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import mpidl
-from mpidl import arrays, devices
+from mpidl.arrays import devices
+from mpidl.arrays import view as arrays
 from mpidl.errors import ArgumentError, DtypeError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_host"))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidl.collectives import direct, halving_doubling, wires
-from mpidl.collectives.steps import Driven, Steps
-from mpidl.collectives.wires import Exchange, Scratch, Wire, cut
+from mpidl.collectives.lanes import direct, halving_doubling, transport
+from mpidl.collectives.lanes.transport import Exchange, Scratch, Wire, cut
+from mpidl.collectives.tasks import Driven, Steps
 
 ALGORITHMS: dict[str, Exchange] = {"direct": direct, "halving_doubling": halving_doubling}
 COUNTS = (0, 1, 15, 16, 100, 1000)
@@ -167,7 +167,7 @@ def test_a_reduce_scatter_has_the_bits_of_an_allreduce(algorithm: str, size: int
 @pytest.mark.parametrize("size", range(2, 10))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_allgather_brings_every_block_everywhere(algorithm: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wires, "_MESSAGE", 64)  # a message of more bytes is several
+    monkeypatch.setattr(transport, "_MESSAGE", 64)  # a message of more bytes is several
     for share in (0, 1, 100):
         expected = np.concatenate([whole_numbers(place, share, "uint8") for place in range(size)])
         values = [np.zeros_like(expected) for _ in range(size)]

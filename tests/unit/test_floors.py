@@ -32,31 +32,26 @@ def copy(tmp_path: Path) -> Path:
 def test_the_floors_hold(copy: Path) -> None:
     done = lint(copy)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kept, 0 broken" in done.stdout
-
-
-def test_every_module_stands_on_a_floor() -> None:
-    contract = (ROOT / "pyproject.toml").read_text()
-    for path in (ROOT / "mpidl").iterdir():
-        if path.name in ("__init__.py", "__main__.py", "__pycache__") or path.suffix not in (".py", ""):
-            continue
-        layers = contract.partition("layers = [")[2].partition("]")[0]
-        assert f"mpidl.{path.stem}" in layers.replace('"', " ").replace("|", " ").replace(",", " ").split(), path.name
+    assert "4 kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("file", "line", "broken"),
     [
-        ("layout.py", "from mpidl import communicator", "The floors"),
-        ("waiting.py", "from mpidl import topology", "The floors"),
-        ("operations.py", "from mpi4py import MPI", "mpi4py on floors"),
-        ("parameter_server/clock.py", "import mpi4py", "mpi4py on floors"),
-        ("communicator.py", "import torch", "torch by an import statement"),
+        ("arrays/layout.py", "from mpidl.collectives import communicator", "The floors"),
+        ("parameter_server/downpour.py", "from mpidl.synchronous import synchronous", "The floors"),
+        ("trace.py", "import os", "The floors"),
+        ("mpi/waiting.py", "from mpidl.mpi import topology", "No cycle"),
+        ("synchronous/reduction/round.py", "from mpidl.synchronous import synchronous", "No cycle"),
+        ("collectives/operations.py", "from mpi4py import MPI", "mpi4py in mpidl.mpi only"),
+        ("parameter_server/center/clock.py", "import mpi4py", "mpi4py in mpidl.mpi only"),
+        ("collectives/communicator.py", "import torch", "torch from mpidl.optim up only"),
     ],
 )
 def test_a_planted_violation_is_found(copy: Path, file: str, line: str, broken: str) -> None:
     path = copy / "mpidl" / file
-    path.write_text(f"{path.read_text()}\n{line}\n")
+    before = path.read_text() if path.exists() else ""  # a new file must be given its floor too
+    path.write_text(f"{before}\n{line}\n")
     done = lint(copy)
     assert done.returncode != 0, done.stdout
-    assert any(broken in text and "BROKEN" in text for text in done.stdout.splitlines()), done.stdout
+    assert any(broken in text for text in done.stdout.splitlines()), done.stdout

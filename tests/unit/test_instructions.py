@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packing_reference import reference_pack
 from repeated_memory import WINDOW, repeated_memory
 
 import mpidl
-from mpidl import _native, arrays, packing
-from mpidl.arrays import ITEMSIZES
+from mpidl.arrays import packing, view
+from mpidl.arrays.view import ITEMSIZES
 from mpidl.errors import ArgumentError
-from mpidl.packing_reference import reference_pack
+from mpidl.native import library
 
 FLOATS = [
     ("float32", "float32"),
@@ -29,27 +30,27 @@ FLOATS = [
     ("float16", "float32"),
     ("float64", "float64"),
 ]
-INTEGERS = [(name, name) for name in _native.DTYPES if "int" in name]
+INTEGERS = [(name, name) for name in library.DTYPES if "int" in name]
 Use = Callable[[str], None]
 
 
 def runs(instructions: str) -> bool:
-    return bool(_native.library().mpidl_supports(_native.INSTRUCTIONS.index(instructions)))
+    return bool(library.library().mpidl_supports(library.INSTRUCTIONS.index(instructions)))
 
 
 @pytest.fixture
 def use() -> Iterator[Use]:
     """Takes an instruction set for the rest of the test."""
-    before = _native.library().mpidl_instructions()
+    before = library.library().mpidl_instructions()
 
     def take(instructions: str) -> None:
-        assert _native.library().mpidl_use(_native.INSTRUCTIONS.index(instructions)) == 0
+        assert library.library().mpidl_use(library.INSTRUCTIONS.index(instructions)) == 0
 
     yield take
-    assert _native.library().mpidl_use(before) == 0
+    assert library.library().mpidl_use(before) == 0
 
 
-@pytest.fixture(params=_native.INSTRUCTIONS)
+@pytest.fixture(params=library.INSTRUCTIONS)
 def instructions(request: pytest.FixtureRequest, use: Use) -> str:
     """Each instruction set in turn, in use; those of other processors are skipped."""
     if not runs(request.param):
@@ -70,12 +71,12 @@ def tame(dtype: str, count: int) -> torch.Tensor:
 
 
 def as_bytes(x: torch.Tensor) -> np.ndarray:
-    return arrays.as_numpy(arrays.view(x)).view(np.uint8)
+    return view.as_numpy(view.view(x)).view(np.uint8)
 
 
 def gather(source: int, count: int, dtypes: tuple[str, str], out: int, scale: float) -> tuple[int, float, bool]:
-    table = _native.segments([count], [0])
-    return _native.gather(table, [source], dtypes[0], out, dtypes[1], scale=scale)
+    table = library.segments([count], [0])
+    return library.gather(table, [source], dtypes[0], out, dtypes[1], scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_all_sets_give_the_same_bits(use: Use, dtypes: tuple[str, str], scale: f
     memory = random_bytes(count * source_size) if values == "all" else as_bytes(tame(dtypes[0], count))
     out = np.zeros(count * out_size, np.uint8)
     results = {}
-    for name in filter(runs, _native.INSTRUCTIONS):
+    for name in filter(runs, library.INSTRUCTIONS):
         use(name)
         out.fill(0)
         found = gather(memory.ctypes.data, count, dtypes, out.ctypes.data, scale)
@@ -150,7 +151,7 @@ def test_large_calls_give_the_bits_of_portable_c(use: Use, dtypes: tuple[str, st
     sources = [memory.ctypes.data] * len(counts)
     nbytes = table.extent * out_size
     results = {}
-    for name in filter(runs, _native.INSTRUCTIONS):
+    for name in filter(runs, library.INSTRUCTIONS):
         use(name)
         out = np.full(nbytes + 64, 0xA5, np.uint8)
         packed = table.gather(sources, dtypes[0], out.ctypes.data + shift, dtypes[1], 0.25)
@@ -194,21 +195,21 @@ def chosen(tmp_path: Path, value: str | None) -> subprocess.CompletedProcess[str
     environment = {name: text for name, text in os.environ.items() if name != "MPIDL_INSTRUCTIONS"}
     if value is not None:
         environment["MPIDL_INSTRUCTIONS"] = value
-    code = "import mpidl; from mpidl import _native; print(_native.instructions())"
+    code = "import mpidl; from mpidl.native import library; print(library.instructions())"
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("value", [None, "", *_native.INSTRUCTIONS])
+@pytest.mark.parametrize("value", [None, "", *library.INSTRUCTIONS])
 def test_the_environment_chooses_and_without_it_the_best_is_taken(tmp_path: Path, value: str | None) -> None:
     done = chosen(tmp_path, value)
     if value and not runs(value):
         assert f"MPIDL_INSTRUCTIONS is '{value}', which this processor or this build does not run" in done.stderr
     else:
-        assert done.stdout.strip() == (value or [name for name in _native.INSTRUCTIONS if runs(name)][-1]), done.stderr
+        assert done.stdout.strip() == (value or [name for name in library.INSTRUCTIONS if runs(name)][-1]), done.stderr
 
 
 def test_an_unknown_choice_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPIDL_INSTRUCTIONS", "sse9")
     with pytest.raises(ArgumentError, match="'sse9', which is not known: unset it, or set one of portable"):
-        _native.library.__wrapped__()
+        library.library.__wrapped__()

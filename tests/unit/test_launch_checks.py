@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpidl.cli.launch_checks import Started, against_allocation, foreseen, started, tasks_per_node
+from mpidl.cli.doctor.launch_checks import Started, against_allocation, foreseen, started, tasks_per_node
 
 # As found in ranks; of each launcher only what tells it from the others.
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpidl.cli import launcher
+from mpidl.cli.launch import launcher
 from mpidl.errors import ArgumentError, LauncherError
 
 OPEN_MPI = "mpirun (Open MPI) 5.0.11"

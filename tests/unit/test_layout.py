@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from mpidl.arrays.layout import ITEMSIZE, Bucket, Tensor, buckets, lay_out
 from mpidl.errors import ArgumentError
-from mpidl.layout import ITEMSIZE, Bucket, Tensor, buckets, lay_out
 
 
 def some_tensors(seed: int) -> list[Tensor]:

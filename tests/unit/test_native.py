@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpidl import _native, arrays
+from mpidl.arrays import view
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
+from mpidl.native import library
 
-DTYPES = [name for name in _native.DTYPES if name != "bfloat16"]
+DTYPES = [name for name in library.DTYPES if name != "bfloat16"]
 
 
 def gather(source: np.ndarray, out: np.ndarray, scale: float = 1.0) -> tuple[int, float, bool]:
-    return _native.gather(
-        _native.segments([source.size], [0]),
+    return library.gather(
+        library.segments([source.size], [0]),
         [source.ctypes.data],
         str(source.dtype),
         out.ctypes.data,
@@ -57,9 +58,9 @@ def test_any_alignment(source: str, out: str, shift: int) -> None:
     memory = np.zeros(values.nbytes + 16, np.uint8)
     memory[shift : shift + values.nbytes] = values.view(np.uint8)
     target = np.zeros(count * np.dtype(out).itemsize + 16, np.uint8)
-    table = _native.segments([count], [0])
+    table = library.segments([count], [0])
     other = 7 - shift
-    _native.gather(table, [memory.ctypes.data + shift], source, target.ctypes.data + other, out, scale=0.5)
+    library.gather(table, [memory.ctypes.data + shift], source, target.ctypes.data + other, out, scale=0.5)
     end = other + count * np.dtype(out).itemsize
     np.testing.assert_array_equal(target[other:end].view(out), (values * 0.5).astype(out))
     assert not target[:other].any()
@@ -89,18 +90,18 @@ def test_the_sum_of_squares_is_accurate_in_long_runs() -> None:
 
 
 def test_no_segments_and_empty_segments_read_no_address() -> None:
-    assert _native.gather(_native.segments([], []), [], "float32", 0, "float32", scale=1.0) == (0, 0.0, True)
-    empty = _native.segments([0, 0], [0, 5])
-    assert _native.scatter(empty, [0, 0], "float32", 0, "bfloat16", scale=1.0) == (0, 0.0, True)
+    assert library.gather(library.segments([], []), [], "float32", 0, "float32", scale=1.0) == (0, 0.0, True)
+    empty = library.segments([0, 0], [0, 5])
+    assert library.scatter(empty, [0, 0], "float32", 0, "bfloat16", scale=1.0) == (0, 0.0, True)
 
 
 def test_offsets_past_two_gigabytes() -> None:
     memory = np.zeros(2**31 + 64, np.uint8)  # the pages between are never touched
     last = np.arange(60, dtype=np.uint8)
-    table = _native.segments([4, 60], [0, 2**31 + 4])
+    table = library.segments([4, 60], [0, 2**31 + 4])
     first = np.arange(4, dtype=np.uint8)
     addresses = [first.ctypes.data, last.ctypes.data]
-    assert _native.gather(table, addresses, "uint8", memory.ctypes.data, "uint8", scale=1.0)[0] == 64
+    assert library.gather(table, addresses, "uint8", memory.ctypes.data, "uint8", scale=1.0)[0] == 64
     np.testing.assert_array_equal(memory[2**31 + 4 :], last)
     np.testing.assert_array_equal(memory[:4], first)
 
@@ -131,25 +132,25 @@ def test_refusals_write_nothing(source: str, out: str, scale: float, error: type
 @pytest.mark.parametrize(("counts", "offsets"), [([-1], [0]), ([1], [-1]), ([2**62], [0]), ([1], [2**62])])
 def test_counts_that_cannot_be_are_refused(counts: list[int], offsets: list[int]) -> None:
     memory = np.zeros(4)
-    table = _native.segments(counts, offsets)
+    table = library.segments(counts, offsets)
     with pytest.raises(ArgumentError, match="negative or too large"):
-        _native.gather(table, [memory.ctypes.data], "float64", memory.ctypes.data, "float64", scale=1.0)
+        library.gather(table, [memory.ctypes.data], "float64", memory.ctypes.data, "float64", scale=1.0)
 
 
 def test_null_addresses_and_wrong_numbers_of_them_are_refused() -> None:
     memory = np.zeros(4)
-    table = _native.segments([1, 1], [0, 1])
+    table = library.segments([1, 1], [0, 1])
     with pytest.raises(ArgumentError, match="null"):
-        _native.gather(table, [memory.ctypes.data, 0], "float64", memory.ctypes.data, "float64", scale=1.0)
+        library.gather(table, [memory.ctypes.data, 0], "float64", memory.ctypes.data, "float64", scale=1.0)
     with pytest.raises(ArgumentError, match="null"):
-        _native.scatter(table, [memory.ctypes.data] * 2, "float64", 0, "float64", scale=1.0)
+        library.scatter(table, [memory.ctypes.data] * 2, "float64", 0, "float64", scale=1.0)
     with pytest.raises(ArgumentError, match="1 entries, the table has 2"):
-        _native.gather(table, [memory.ctypes.data], "float64", memory.ctypes.data, "float64", scale=1.0)
+        library.gather(table, [memory.ctypes.data], "float64", memory.ctypes.data, "float64", scale=1.0)
 
 
 def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "_mpidl.so")
-    load = _native.library.__wrapped__
+    monkeypatch.setattr(library, "_LIBRARY", tmp_path / "_mpidl.so")
+    load = library.library.__wrapped__
     with pytest.raises(ExtensionError, match="pip install"):
         load()
     (tmp_path / "_mpidl.so").write_bytes(b"not a library")
@@ -158,9 +159,9 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_library_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "_INTERFACE", -1)
+    monkeypatch.setattr(library, "_INTERFACE", -1)
     with pytest.raises(ExtensionError, match="not -1"):
-        _native.library.__wrapped__()
+        library.library.__wrapped__()
 
 
 def test_threads_pack_at_once() -> None:
@@ -186,6 +187,6 @@ def test_neither_torch_nor_mpi_is_loaded_by_packing(tmp_path: Path) -> None:
 
 
 def test_item_sizes_agree_with_numpy() -> None:
-    for name, size in arrays.ITEMSIZES.items():
+    for name, size in view.ITEMSIZES.items():
         if name != "bfloat16":
             assert np.dtype(name).itemsize == size

@@ -10,32 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidl import _native, _node, arrays
+from mpidl.arrays import view
 from mpidl.errors import ArgumentError, DtypeError
+from mpidl.native import library, node
 
-SETS = [name for code, name in enumerate(_native.INSTRUCTIONS) if _native.library().mpidl_supports(code)]
+SETS = [name for code, name in enumerate(library.INSTRUCTIONS) if library.library().mpidl_supports(code)]
 OPS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
 COUNTS = (1, 16, 63, 511, 512, 513, 1700)
 
 
 @pytest.fixture(params=SETS)
 def instructions(request: Any) -> Iterator[str]:
-    before = _native.library().mpidl_instructions()
-    _native.library().mpidl_use(_native.INSTRUCTIONS.index(request.param))
+    before = library.library().mpidl_instructions()
+    library.library().mpidl_use(library.INSTRUCTIONS.index(request.param))
     yield request.param
-    _native.library().mpidl_use(before)
+    library.library().mpidl_use(before)
 
 
 class Ranks:
     """Several ends of one segment."""
 
     def __init__(self, size: int, piece: int = 192, small: int = 0) -> None:
-        nbytes = _node.segment_nbytes(size, small, piece)
+        nbytes = node.segment_nbytes(size, small, piece)
         self.memory = np.zeros(nbytes + 64, np.uint8)
         address = self.memory.__array_interface__["data"][0]
         aligned = address + -address % 64
         sizes = {"small_nbytes": small, "piece_nbytes": piece, "spin": 0}
-        self.ends = [_node.end(aligned, rank, size, **sizes) for rank in range(size)]
+        self.ends = [node.end(aligned, rank, size, **sizes) for rank in range(size)]
         for rank, end in enumerate(self.ends):
             end.writing.wish = (rank + size) % 3  # past the caches or not, as others do or not
         self.dice = random.Random(size)
@@ -47,8 +48,8 @@ class Ranks:
         while len(ended) < len(jobs):
             rank = self.dice.randrange(len(jobs))
             if rank not in ended:
-                progress = _node.advance(self.ends[rank], jobs[rank], 0)
-                if progress != _node.WAITING:
+                progress = node.advance(self.ends[rank], jobs[rank], 0)
+                if progress != node.WAITING:
                     ended[rank] = progress
         return [ended[rank] for rank in range(len(jobs))]
 
@@ -56,10 +57,10 @@ class Ranks:
         self.calls += 1
         count = outputs[0].count if kind == "reduce_scatter" else inputs[0].count
         jobs = [
-            _node.job((self.calls, 7), kind, x.dtype, count, (x.address, out.address), op=op, **options)
+            node.job((self.calls, 7), kind, x.dtype, count, (x.address, out.address), op=op, **options)
             for x, out in zip(inputs, outputs, strict=True)
         ]
-        assert self.run(jobs) == [_node.DONE] * len(jobs)
+        assert self.run(jobs) == [node.DONE] * len(jobs)
 
 
 def values(rank: int, count: int, dtype: str) -> np.ndarray[Any, Any]:
@@ -89,7 +90,7 @@ def test_reductions_are_those_of_numpy_in_rank_order(instructions: str, size: in
             for op in OPS:
                 expected = in_rank_order(op, inputs)
                 outputs = [np.zeros(count, dtype) for _ in inputs]
-                ranks.reduce("allreduce", [arrays.view(x) for x in inputs], op, [arrays.view(out) for out in outputs])
+                ranks.reduce("allreduce", [view.view(x) for x in inputs], op, [view.view(out) for out in outputs])
                 for out in outputs:
                     assert np.array_equal(out, expected), (instructions, op, count, small)
 
@@ -101,7 +102,7 @@ def test_a_mean_is_divided_before_it_is_rounded(instructions: str) -> None:
         wide = [x.astype("float32" if dtype == "float16" else dtype) for x in inputs]
         expected = ((wide[0] + wide[1] + wide[2]) / 3).astype(dtype)
         outputs = [np.zeros(700, dtype) for _ in inputs]
-        views = [arrays.view(x) for x in inputs], [arrays.view(out) for out in outputs]
+        views = [view.view(x) for x in inputs], [view.view(out) for out in outputs]
         ranks.reduce("allreduce", views[0], "sum", views[1], divisor=3.0)
         assert all(np.array_equal(out, expected) for out in outputs)
 
@@ -112,7 +113,7 @@ def test_bfloat16_is_added_in_float32_and_rounded_to_nearest(instructions: str) 
     inputs = [torch.from_numpy(values(rank, 900, "float32")).bfloat16() for rank in range(4)]
     expected = ((inputs[0].float() + inputs[1].float()) + inputs[2].float() + inputs[3].float()).bfloat16()
     outputs = [torch.zeros(900, dtype=torch.bfloat16) for _ in inputs]
-    ranks.reduce("allreduce", [arrays.view(x) for x in inputs], "sum", [arrays.view(out) for out in outputs])
+    ranks.reduce("allreduce", [view.view(x) for x in inputs], "sum", [view.view(out) for out in outputs])
     assert all(torch.equal(out, expected) for out in outputs)
 
 
@@ -123,18 +124,18 @@ def test_every_kind(instructions: str) -> None:
         blocks = [values(rank, size * count, "float64") for rank in range(size)]
         whole = in_rank_order("sum", blocks)
         outputs = [np.zeros(count) for _ in blocks]
-        ranks.reduce("reduce_scatter", [arrays.view(x) for x in blocks], "sum", [arrays.view(o) for o in outputs])
+        ranks.reduce("reduce_scatter", [view.view(x) for x in blocks], "sum", [view.view(o) for o in outputs])
         assert all(np.array_equal(out, whole[r * count : (r + 1) * count]) for r, out in enumerate(outputs))
         outputs = [np.zeros(size * count) for _ in blocks]
-        ranks.reduce("reduce", [arrays.view(x) for x in blocks], "sum", [arrays.view(o) for o in outputs], root=2)
+        ranks.reduce("reduce", [view.view(x) for x in blocks], "sum", [view.view(o) for o in outputs], root=2)
         assert np.array_equal(outputs[2], whole)
         assert not any(out.any() for rank, out in enumerate(outputs) if rank != 2)
         mine = [values(rank, count, "float64") for rank in range(size)]
         outputs = [np.zeros(size * count) for _ in blocks]
-        ranks.reduce("allgather", [arrays.view(x) for x in mine], "sum", [arrays.view(o) for o in outputs])
+        ranks.reduce("allgather", [view.view(x) for x in mine], "sum", [view.view(o) for o in outputs])
         assert all(np.array_equal(out, np.concatenate(mine)) for out in outputs)
         copies = [mine[1].copy() if rank == 1 else np.zeros(count) for rank in range(size)]
-        ranks.reduce("broadcast", [arrays.view(x) for x in copies], "sum", [arrays.view(x) for x in copies], root=1)
+        ranks.reduce("broadcast", [view.view(x) for x in copies], "sum", [view.view(x) for x in copies], root=1)
         assert all(np.array_equal(copy, mine[1]) for copy in copies)
 
 
@@ -161,24 +162,24 @@ def test_the_last_blocks_may_be_shorter_or_empty(instructions: str) -> None:
 def blocks(ranks: Ranks, kind: str, count: int, total: int, inputs: list[Any], outputs: list[Any]) -> None:
     ranks.calls += 1
     addresses = [(x.ctypes.data, out.ctypes.data) for x, out in zip(inputs, outputs, strict=True)]
-    jobs = [_node.job((ranks.calls, 7), kind, "float64", count, pair, total=total) for pair in addresses]
-    assert ranks.run(jobs) == [_node.DONE] * len(jobs)
+    jobs = [node.job((ranks.calls, 7), kind, "float64", count, pair, total=total) for pair in addresses]
+    assert ranks.run(jobs) == [node.DONE] * len(jobs)
 
 
 def test_memory_of_one_rank_is_reduced_alike(instructions: str) -> None:
     inputs = [values(rank, 1000, "float32") for rank in range(3)]
     expected = in_rank_order("sum", inputs) / np.float32(3)
     out = np.zeros(1000, np.float32)
-    _node.reduce([x.ctypes.data for x in inputs], out.ctypes.data, 1000, dtype="float32", op="sum", divisor=3.0)
+    node.reduce([x.ctypes.data for x in inputs], out.ctypes.data, 1000, dtype="float32", op="sum", divisor=3.0)
     assert np.array_equal(out, expected)
-    _node.reduce(
+    node.reduce(
         [x.ctypes.data for x in inputs], inputs[1].ctypes.data, 1000, dtype="float32", op="sum", divisor=3.0
     )  # in place
     assert np.array_equal(inputs[1], expected)  # in place
     with pytest.raises(DtypeError):
-        _node.reduce([out.ctypes.data], out.ctypes.data, 4, dtype="uint8", op="sum")
+        node.reduce([out.ctypes.data], out.ctypes.data, 4, dtype="uint8", op="sum")
     with pytest.raises(ArgumentError):
-        _node.reduce([], out.ctypes.data, 4, dtype="float32", op="sum")
+        node.reduce([], out.ctypes.data, 4, dtype="float32", op="sum")
 
 
 def test_results_past_the_caches_are_the_same(instructions: str) -> None:
@@ -187,7 +188,7 @@ def test_results_past_the_caches_are_the_same(instructions: str) -> None:
     inputs = [np.arange(count, dtype=np.float32) % 1000 + rank for rank in range(2)]
     memory = [np.zeros(count + 5, np.float32) for _ in inputs]
     outputs = [one[3 : count + 3] for one in memory]  # not at the start of a cache line
-    ranks.reduce("allreduce", [arrays.view(x) for x in inputs], "sum", [arrays.view(out) for out in outputs])
+    ranks.reduce("allreduce", [view.view(x) for x in inputs], "sum", [view.view(out) for out in outputs])
     for whole, out in zip(memory, outputs, strict=True):
         assert np.array_equal(out, inputs[0] + inputs[1])
         assert not whole[:3].any()
@@ -197,23 +198,23 @@ def test_results_past_the_caches_are_the_same(instructions: str) -> None:
 def test_a_call_that_differs_is_seen_by_all_and_the_next_one_works() -> None:
     ranks = Ranks(3)
     for odd in range(3):
-        jobs = [_node.job((1, 8 if rank == odd else 7), "agree", "uint8", 0) for rank in range(3)]
-        assert ranks.run(jobs) == [_node.DIFFERS] * 3
+        jobs = [node.job((1, 8 if rank == odd else 7), "agree", "uint8", 0) for rank in range(3)]
+        assert ranks.run(jobs) == [node.DIFFERS] * 3
         x = [np.full(50, rank, np.float32) for rank in range(3)]
-        ranks.reduce("allreduce", [arrays.view(one) for one in x], "sum", [arrays.view(one) for one in x])
+        ranks.reduce("allreduce", [view.view(one) for one in x], "sum", [view.view(one) for one in x])
         assert all((one == 3).all() for one in x)
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_sent() -> None:
     ranks = Ranks(2)
-    x = arrays.view(np.zeros(4, np.uint8))
+    x = view.view(np.zeros(4, np.uint8))
     for job, error in (
-        (_node.job((1, 1), "allreduce", "uint8", 4, (x.address, x.address)), DtypeError),
-        (_node.job((1, 1), "broadcast", "uint8", 4, (x.address, x.address), root=2), ArgumentError),
-        (_node.job((1, 1), "broadcast", "uint8", -1, (x.address, x.address)), ArgumentError),
+        (node.job((1, 1), "allreduce", "uint8", 4, (x.address, x.address)), DtypeError),
+        (node.job((1, 1), "broadcast", "uint8", 4, (x.address, x.address), root=2), ArgumentError),
+        (node.job((1, 1), "broadcast", "uint8", -1, (x.address, x.address)), ArgumentError),
     ):
         with pytest.raises(error):
-            _node.advance(ranks.ends[0], job, 0)
+            node.advance(ranks.ends[0], job, 0)
     assert ranks.ends[0].calls == 0
-    assert _node.segment_nbytes(2, 0, 63) == 0
-    assert _node.segment_nbytes(0, 0, 64) == 0
+    assert node.segment_nbytes(2, 0, 63) == 0
+    assert node.segment_nbytes(0, 0, 64) == 0

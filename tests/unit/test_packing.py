@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packing_reference import reference_pack, reference_unpack
 
 import mpidl
 from mpidl.errors import ArgumentError, DtypeError
-from mpidl.packing_reference import reference_pack, reference_unpack
 
 HALVES = [torch.float16, torch.bfloat16]
 PAIRS = [(torch.float32, half) for half in HALVES] + [(half, torch.float32) for half in HALVES]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from mpidl.processes import Process, start_time
+from mpidl.mpi.processes import Process, start_time
 
 pytestmark = pytest.mark.any_mpi
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import mpidl
-from mpidl import sharded_state
+from mpidl.synchronous.sharded import state
 
 
 def test_parameters_on_a_device_are_refused_by_name() -> None:
     parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
     with pytest.raises(mpidl.DtypeError, match=r"parameter far\.weight is on meta: shard=True keeps weights in memory"):
-        sharded_state.refuse(torch.optim.SGD([parameter], lr=0.1), [("far.weight", parameter)])
+        state.refuse(torch.optim.SGD([parameter], lr=0.1), [("far.weight", parameter)])
 
 
 def test_a_class_derived_from_a_known_one_is_refused() -> None:
@@ -23,7 +23,7 @@ def test_a_class_derived_from_a_known_one_is_refused() -> None:
 
     parameter = torch.nn.Parameter(torch.empty(3))
     with pytest.raises(mpidl.ArgumentError, match="shard=True cannot be used with Mine: it is not known to treat"):
-        sharded_state.refuse(Mine([parameter], lr=0.1), [("weight", parameter)])
+        state.refuse(Mine([parameter], lr=0.1), [("weight", parameter)])
 
 
 def test_state_of_another_shape_is_refused_by_name() -> None:
@@ -33,4 +33,4 @@ def test_state_of_another_shape_is_refused_by_name() -> None:
     with pytest.raises(
         mpidl.ArgumentError, match=r"'momentum_buffer' of parameter weight has shape \(2,\); expected \(3,\)"
     ):
-        sharded_state.refuse(optimizer, [("weight", parameter)])
+        state.refuse(optimizer, [("weight", parameter)])

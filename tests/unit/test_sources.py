@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidl import arrays
-from mpidl.collectives.sources import Source, cut
-from mpidl.packing import Table
+from mpidl.arrays import view
+from mpidl.arrays.packing import Table
+from mpidl.collectives.gather_list import Source, cut
 
 
 @pytest.mark.parametrize("counts", [(60,), (7, 0, 13, 40), (1,) * 60, (0, 59, 1, 0)])
@@ -25,6 +25,6 @@ def test_parts_of_blocks_are_those_of_flat_data(counts: tuple[int, ...], dtype: 
         for start, stop in ((0, length), (4, 11), (0, 0), (14, 15)):
             part = cut(source.table, length, blocks, start, stop).of(source)
             out = np.empty(len(blocks) * (stop - start), dtype)
-            assert part.gather(arrays.view(out))
+            assert part.gather(view.view(out))
             rows = [expected[block * length + start : block * length + stop] for block in blocks]
             assert np.array_equal(out, np.concatenate([np.empty(0, dtype), *rows]))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpidl import leaving
+from mpidl.mpi import exit_protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -18,10 +18,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the callback noted; the handlers are installed."""
     for name, value in (("_failure", None), ("_on_stop", None), ("_stop_asked", False)):
-        monkeypatch.setattr(leaving, name, value)
+        monkeypatch.setattr(exit_protocol, name, value)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     calls: list[str] = []
-    leaving.on_stop_signal(lambda: calls.append("asked"))
+    exit_protocol.on_stop_signal(lambda: calls.append("asked"))
     yield calls
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -36,7 +36,7 @@ def test_the_first_is_noted_and_what_follows_within_moments_is_its_echo(
     for number in SIGNALS:
         signal.raise_signal(number)
     assert asked == ["asked"]
-    assert leaving._failure is None
+    assert exit_protocol._failure is None
 
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
@@ -49,7 +49,7 @@ def test_a_second_one_ends_the_rank(
     with pytest.raises(SystemExit) as ended:
         signal.raise_signal(second)
     assert ended.value.code == status
-    assert leaving._failure == second.name  # at exit this rank ends the others
+    assert exit_protocol._failure == second.name  # at exit this rank ends the others
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
@@ -68,16 +68,16 @@ def test_a_forked_child_dies_of_it_as_if_there_were_no_handler(asked: list[str],
 
 
 def test_a_request_that_another_rank_passes_on_is_noted_and_leaves_a_first_signal_to_come(asked: list[str]) -> None:
-    assert not leaving.asked_to_stop()
-    leaving.ask_to_stop()
-    assert leaving.asked_to_stop()
+    assert not exit_protocol.asked_to_stop()
+    exit_protocol.ask_to_stop()
+    assert exit_protocol.asked_to_stop()
     signal.raise_signal(signal.SIGTERM)
     assert asked == ["asked", "asked"]
-    assert leaving._failure is None
+    assert exit_protocol._failure is None
 
 
 def test_a_program_without_a_use_for_it_ignores_a_request_that_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaving, "_stop_asked", False)
-    monkeypatch.setattr(leaving, "_on_stop", None)
-    leaving.ask_to_stop()
-    assert leaving.asked_to_stop()
+    monkeypatch.setattr(exit_protocol, "_stop_asked", False)
+    monkeypatch.setattr(exit_protocol, "_on_stop", None)
+    exit_protocol.ask_to_stop()
+    assert exit_protocol.asked_to_stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidl import packing
+from mpidl.arrays import packing
 from mpidl.errors import ArgumentError
 
 

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from mpidl.errors import ArgumentError, StalledError
-from mpidl.notices import seconds_from_environment
-from mpidl.processes import Process, start_time
-from mpidl.waiting import Attention, Backoff, poll
+from mpidl.mpi.failure_detector import seconds_from_environment
+from mpidl.mpi.processes import Process, start_time
+from mpidl.mpi.waiting import Attention, Backoff, poll
 
 
 class Slow:

@@ -90,7 +90,7 @@ def cuda_wheel(tree: Path, distributions: tuple[Path, Path], tmp_path_factory: p
         str(folder / "tree"),
     ]
     with zipfile.ZipFile(distributions[1]) as archive:
-        library = archive.extract("mpidl/_mpidl.so", folder)
+        library = archive.extract("mpidl/native/_mpidl.so", folder)
     copies = folder / "copies.py"
     copies.write_text(COPIES.format(library))
     compiler = shlex.join([sys.executable, str(copies)])
@@ -110,8 +110,8 @@ def run(python: Path | str, code: str, folder: Path) -> str:
 def test_the_source_distribution_has_the_c_and_nothing_built(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "LICENSE", "mpidl/__init__.py", "mpidl/_native.py"} <= names
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    assert {"setup.py", "LICENSE", "mpidl/__init__.py", "mpidl/native/library.py"} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
@@ -124,7 +124,7 @@ def test_the_wheel_serves_every_python_on_this_platform(distributions: tuple[Pat
         metadata = archive.read(record).decode()
     assert "Root-Is-Purelib: false" in metadata
     assert "Tag: py3-none-linux_" in metadata
-    assert [name for name in names if name.endswith(".so")] == ["mpidl/_mpidl.so"]
+    assert [name for name in names if name.endswith(".so")] == ["mpidl/native/_mpidl.so"]
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "mpidl").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
 
@@ -152,14 +152,14 @@ def test_a_wheel_built_with_cuda_has_its_library(cuda_wheel: Path) -> None:
     assert "-py3-none-linux_" in cuda_wheel.name
     with zipfile.ZipFile(cuda_wheel) as archive:
         libraries = {name for name in archive.namelist() if name.endswith(".so")}
-    assert libraries == {"mpidl/_mpidl.so", "mpidl/_mpidl_cuda.so"}
+    assert libraries == {"mpidl/native/_mpidl.so", "mpidl/native/_mpidl_cuda.so"}
 
 
 def test_a_wheel_built_with_cuda_finds_its_library_where_it_is_installed(cuda_wheel: Path, tmp_path: Path) -> None:
     """It loads from there, and answers: with a device, or by CUDA's own words that there is none."""
     target = tmp_path / "site"
     code = """
-from mpidl import _cuda
+from mpidl.native import cuda as _cuda
 from mpidl.errors import DeviceError
 cuda = _cuda.library()
 (line,) = {line.split()[-1] for line in open("/proc/self/maps") if "_mpidl_cuda" in line}
@@ -170,12 +170,12 @@ except DeviceError as error:
 print(line, answer)
 """
     found = run(sys.executable, installed(cuda_wheel, target) + code, tmp_path)
-    assert found == f"{target}/mpidl/_mpidl_cuda.so True"
+    assert found == f"{target}/mpidl/native/_mpidl_cuda.so True"
 
 
 def test_a_wheel_built_without_cuda_says_so(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     code = """
-from mpidl import _cuda
+from mpidl.native import cuda as _cuda
 from mpidl.errors import ExtensionError
 try:
     _cuda.library()

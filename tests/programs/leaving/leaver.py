@@ -134,7 +134,7 @@ def downpour(how: str) -> Any:
 
 def served(how: str) -> Any:
     """Rank 1 is a worker, rank 2 a server, which gets the signal if HOW is server-SIGNAL; torch would start slowly."""
-    from mpidl.parameter_server.server import Server
+    from mpidl.parameter_server.center.center import Server
 
     comm = mpidl.world(servers=1)
     victim = comm.service.whole.placement.processes[2].pid  # type: ignore[union-attr]

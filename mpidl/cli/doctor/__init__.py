@@ -1,0 +1,1 @@
+"""`mpidl doctor`: the checks and the command."""

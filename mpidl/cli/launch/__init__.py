@@ -1,0 +1,1 @@
+"""`mpidl run`: finds the launcher, starts the ranks, and watches them."""

@@ -1,0 +1,234 @@
+"""The public face of mpidl's collectives: `world`, `Communicator`, `Request`.
+
+Arrays go in and arrays come out; the steps of each call stand in `operations`, MPI itself behind `topology`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpidl.collectives import Collectives, Steps, operations
+from mpidl.collectives.request import CallQueue, Request
+from mpidl.errors import ArgumentError, ClosedError
+from mpidl.mpi import runtime, topology
+from mpidl.mpi.topology import Topology
+from mpidl.one_sided.dedicated_servers import Service, agree_on_servers, serve
+
+_world: Communicator | None = None
+_served = False  # this rank was a server, and its workers have ended
+
+
+def world(servers: int | None = None) -> Communicator:
+    """Returns the communicator of all ranks that the launcher started; the first call starts MPI.
+
+    With `servers=k` the last k ranks hold the shards of the asynchronous optimisers inside this call; their programs
+    end in it, with status 0, when all others have ended. On the others the communicator holds these workers only.
+
+    The first call is a collective over all ranks: it duplicates MPI.COMM_WORLD, finds out which ranks share a node,
+    and gives torch this rank's fair part of the cores. Later calls return the same object.
+
+    Args:
+        servers: 0 (every rank works and holds shards) to the number of ranks less one. None: as the first call said,
+            or 0.
+
+    Raises:
+        ArgumentError: `servers` is no such number, or an earlier call said another.
+        MismatchError: it differs between ranks.
+        ClosedError: this rank was a server, and its work is done.
+        ForkedError: called in a child process.
+        NoMPIError: no MPI library was found.
+        SystemExit: on a server, when its work is done.
+    """
+    global _world, _served
+    runtime.mpi()  # refuses forked children even when the world is cached
+    if _served:
+        raise ClosedError("world: this rank served, and its workers have ended")
+    if _world is None:
+        whole = topology.start_world()
+        agree_on_servers(whole, 0 if servers is None else servers)
+        made = split_servers(whole, servers or 0)
+        if made is None:
+            _served = True
+            raise SystemExit(0)
+        runtime.set_torch_threads(made.topology.ranks_on_my_cores())
+        _world = made
+    elif servers not in (None, _world.servers):
+        raise ArgumentError(f"servers={servers!r}: mpidl.world() was called before, with servers={_world.servers}")
+    return _world
+
+
+def split_servers(whole: Topology, servers: int) -> Communicator | None:
+    """Makes the last ranks of `whole` servers of the others; a collective.
+
+    Returns:
+        The workers' communicator; on a server None, when the workers have ended.
+    """
+    workers = whole.size - servers
+    if servers == 0:
+        return Communicator._over(whole)
+    if whole.rank >= workers:
+        serve(whole, workers)
+        return None
+    return Communicator._over(whole.subset(tuple(range(workers)), whole.name, 0), Service(whole, servers))
+
+
+class Communicator:
+    """A group of ranks and its collectives, on numpy arrays, torch tensors and cupy arrays.
+
+    Every method except the attributes is a collective: all ranks of the communicator make the same calls in the same
+    order. What comes back is of the kind, dtype and device of what went in, and detached. float16 and bfloat16 are
+    reduced in float32. What lies on a device goes through pinned host memory (or not: see `cuda_aware`), in the order
+    of the stream that is current for its kind, and the result is there in that order too. A call that differs between
+    ranks raises `MismatchError` on all of them; a rank that never comes makes the others raise `StalledError`. Calls
+    from several threads at once are not supported.
+
+    Args:
+        mpi_comm: an `mpi4py.MPI.Intracomm`; it is duplicated, and stays the caller's. The constructor is a collective.
+
+    Raises:
+        ArgumentError: it is MPI.COMM_NULL or an intercommunicator, or a variable of the environment makes no sense.
+        DtypeError: it is no communicator of mpi4py.
+
+    Attributes:
+        rank: this rank, from 0 to size - 1.
+        size: number of ranks.
+        nodes: number of nodes over which the ranks are spread.
+        servers: number of further ranks that only serve these; see `world`.
+        node: communicator of the ranks that share this rank's node and memory.
+        lane: communicator of the ranks that stand at this rank's place within their own nodes.
+    """
+
+    def __init__(self, mpi_comm: Any) -> None:
+        self._set_up(topology.start(mpi_comm, getattr(mpi_comm, "name", "") or "a communicator"))
+
+    @classmethod
+    def _over(cls, ranks: Topology, service: Service | None = None) -> Communicator:
+        made = cls.__new__(cls)
+        made._set_up(ranks, service)
+        return made
+
+    def _set_up(self, ranks: Topology, service: Service | None = None) -> None:
+        self._topology = ranks
+        try:
+            self._collectives = Collectives(ranks, directly=True)
+        except Exception:  # the same on every rank
+            ranks.free()
+            raise
+        self.service = service  # how the floors above reach the servers
+        self.servers = len(service.servers) if service is not None else 0
+        self._queue = CallQueue()
+        self.rank, self.size = ranks.rank, ranks.size
+        self.nodes = len(set(ranks.placement.nodes))
+        self._parts: list[Communicator] = []
+        self.node = self._part(ranks.node_ranks(), "node", 1)
+        self.lane = self._part(ranks.lane_ranks(), "lane", 2)
+
+    def _part(self, ranks: tuple[int, ...], name: str, tag: int) -> Communicator:
+        """A part as large as the whole is the whole: so the node of a node is itself."""
+        if len(ranks) == self.size:
+            return self
+        part = Communicator._over(self._topology.subset(ranks, f"{name} of {self._topology.name}", tag))
+        self._parts.append(part)
+        return part
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the ranks exchange data through memory that all of them share; otherwise MPI moves it."""
+        return self._collectives.node is not None
+
+    @property
+    def topology(self) -> Topology:
+        """The ranks as the floors above this one use them."""
+        return self._topology
+
+    def allreduce(self, x: Any, op: str = "sum", out: Any = None) -> Any:
+        """Reduces the arrays of all ranks element by element and returns the result on every rank.
+
+        Args:
+            x: array of any shape; non-contiguous input is copied first.
+            op: "sum", "mean" (divided by `size` after the sum, in the accumulator), "min", "max" or "prod".
+            out: array like x for the result; `out=x` works in place.
+
+        Returns:
+            `out`, or a new array like x.
+
+        Raises:
+            ArgumentError: op is unknown, or out does not fit x or is read-only.
+            DtypeError: the dtype cannot be reduced by op; integers have no mean.
+            MismatchError: another rank made a different call.
+            StalledError: another rank did not come.
+        """
+        if out is not None and self._collectives.quick is not None and not self._queue.calls:
+            runtime.mpi()  # refuses forked children
+            done = self._collectives.quick.allreduce(x, op, out)
+            if done is True:
+                return out
+            if done:
+                sequence, steps = done
+                return self._queue.add(Request(self._queue, self._topology, "allreduce", steps, sequence)).wait()
+        return self._start("allreduce", operations.allreduce(self._collectives, x, op, out)).wait()
+
+    def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
+        """Starts `allreduce` and returns at once; x and out must not be touched until the request has completed."""
+        return self._start("iallreduce", operations.allreduce(self._collectives, x, op, out))
+
+    def reduce(self, x: Any, op: str = "sum", root: int = 0, out: Any = None) -> Any:
+        """Like `allreduce`, with the result on rank `root` only; the others get None."""
+        return self._start("reduce", operations.reduce(self._collectives, x, op, root, out)).wait()
+
+    def reduce_scatter(self, x: Any, op: str = "sum") -> Any:
+        """Reduces the arrays of all ranks and leaves each rank one block of the result.
+
+        Args:
+            x: array whose first dimension, a multiple of `size`, is cut into `size` equal blocks.
+            op: as in `allreduce`.
+
+        Returns:
+            Block number `rank` of the reduced array: shape (x.shape[0] / size, ...).
+        """
+        return self._start("reduce_scatter", operations.reduce_scatter(self._collectives, x, op)).wait()
+
+    def broadcast(self, x: Any, root: int = 0) -> Any:
+        """Copies root's array into the x of every rank, in place, and returns x; any dtype."""
+        return self._start("broadcast", operations.broadcast(self._collectives, x, root)).wait()
+
+    def allgather(self, x: Any) -> Any:
+        """Returns the arrays of all ranks, alike in shape, stacked in rank order: shape (size, *x.shape); any dtype."""
+        return self._start("allgather", operations.allgather(self._collectives, x)).wait()
+
+    def alltoall(self, x: Any) -> Any:
+        """Sends block r of x to rank r and returns the blocks received, in rank order; any dtype.
+
+        Args:
+            x: array whose first dimension, a multiple of `size`, is cut into `size` equal blocks.
+        """
+        return self._start("alltoall", operations.alltoall(self._collectives, x)).wait()
+
+    def barrier(self) -> None:
+        """Returns when all ranks have come."""
+        self._start("barrier", operations.barrier(self._collectives)).wait()
+
+    def free(self) -> None:
+        """Gives the communicator back to MPI, with its node and lane; a collective.
+
+        Raises:
+            ArgumentError: a request is still under way, or this is `mpidl.world()`, which lives as long as MPI.
+        """
+        if self._queue.calls:
+            raise ArgumentError(f"free: {len(self._queue.calls)} request(s) still under way; wait for them first")
+        if self is _world:
+            raise ArgumentError("free: mpidl.world() lives as long as MPI")
+        for part in self._parts:
+            part.free()
+        self._topology.free()
+        if self.service is not None:
+            self.service.end()
+
+    def __repr__(self) -> str:
+        return f"<mpidl.Communicator {self._topology.name}: rank {self.rank} of {self.size}, nodes {self.nodes}>"
+
+    def _start(self, name: str, steps: Steps) -> Request:
+        runtime.mpi()  # refuses forked children
+        request = self._queue.add(Request(self._queue, self._topology, name, steps))
+        self._queue.advance()
+        return request

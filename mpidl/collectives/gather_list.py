@@ -1,0 +1,93 @@
+"""What a reduction reads when its input lies scattered over memory: the segments of a packing table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpidl.arrays import view
+from mpidl.arrays.packing import Table
+from mpidl.arrays.view import ArrayView
+
+
+@dataclass(frozen=True)
+class Source:
+    """Segments, each scaled and cast as it is read.
+
+    Attributes:
+        table: how they lie in flat order, sorted and without gaps.
+        addresses: of the segments; 0 for one that is read as zeros.
+        dtype: of the segments.
+        scale: of each element.
+        owner: keeps the segments alive.
+    """
+
+    table: Table
+    addresses: Sequence[int]
+    dtype: str
+    scale: float
+    owner: Any
+
+    def gather(self, out: ArrayView) -> bool:
+        """Packs all segments into flat memory; returns whether all is finite, after scale and cast."""
+        flat = view.as_numpy(out)
+        parts = list(zip(self.table.counts, self.table.offsets, self.addresses, strict=True))
+        for count, offset, address in parts:
+            if not address:
+                flat[offset : offset + count] = 0
+        there = [part for part in parts if part[2]]
+        table = self.table
+        if len(there) < len(parts):
+            table = Table(tuple(part[0] for part in there), tuple(part[1] for part in there))
+        return table.gather([part[2] for part in there], self.dtype, out.address, out.dtype, self.scale).finite
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Parts of a table's segments, side by side.
+
+    Attributes:
+        table: how they lie in flat order.
+        segments: which segment each is part of.
+        skipped: elements of that segment before it.
+    """
+
+    table: Table
+    segments: tuple[int, ...]
+    skipped: tuple[int, ...]
+
+    def of(self, source: Source) -> Source:
+        """Returns these parts of a source with that table."""
+        item, whole = view.ITEMSIZES[source.dtype], source.addresses
+        parts = zip(self.segments, self.skipped, strict=True)
+        addresses = [whole[segment] and whole[segment] + skipped * item for segment, skipped in parts]
+        return Source(self.table, addresses, source.dtype, source.scale, source.owner)
+
+
+def cut(table: Table, length: int, blocks: Sequence[int], start: int, stop: int) -> Cut:
+    """Returns elements `start` to `stop` of some of a table's blocks, in their order.
+
+    Args:
+        table: sorted and without gaps.
+        length: elements of a block.
+        blocks: numbers of blocks.
+        start: first element of each, and
+        stop: one past the last.
+    """
+    begins = np.array(table.offsets, np.int64)
+    ends = begins + np.array(table.counts, np.int64)
+    counts, segments, skipped = list[int](), list[int](), list[int]()
+    for block in blocks:
+        low, high = block * length + start, block * length + stop
+        for segment in range(np.searchsorted(ends, low, "right"), np.searchsorted(begins, high, "left")):
+            begin = max(int(begins[segment]), low)
+            count = min(int(ends[segment]), high) - begin
+            if count > 0:
+                counts.append(count)
+                segments.append(segment)
+                skipped.append(begin - int(begins[segment]))
+    offsets = tuple(int(n) for n in np.cumsum([0, *counts[:-1]])) if counts else ()
+    return Cut(Table(tuple(counts), offsets), tuple(segments), tuple(skipped))

@@ -1,0 +1,51 @@
+"""Which calls between nodes lanes can carry out, and how they are started.
+
+MPI has what lies on a device, what csrc/node/schedule.c does not reduce (complex numbers), and what does not fit
+the lanes: a reduce-scatter where nodes have unequally many ranks, an allgather where the ranks of a node do not follow
+each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mpidl.arrays.packing import Table
+from mpidl.arrays.view import ArrayView
+from mpidl.collectives.gather_list import Source
+from mpidl.collectives.lanes import direct, halving_doubling
+from mpidl.collectives.lanes.allreduce import Reduction, allreduce
+from mpidl.collectives.lanes.pipeline import Laned, Lanes
+from mpidl.collectives.lanes.reduce_scatter import Scattering, reduce_scatter, strips
+from mpidl.collectives.lanes.transport import Exchange
+from mpidl.mpi.topology import Topology
+from mpidl.native import node as _node
+
+EXCHANGES: dict[str, Exchange] = {"direct": direct, "halving_doubling": halving_doubling}
+
+
+def possible(topology: Topology, kind: str, memory: ArrayView, op: str) -> bool:
+    """Whether lanes can carry out an allreduce, reduce_scatter, allgather or broadcast; alike on all ranks."""
+    nodes = topology.placement.nodes
+    if memory.device != "cpu":
+        return False
+    if kind == "broadcast":
+        return True
+    if kind == "allgather":
+        return nodes == tuple(sorted(nodes))
+    even = kind == "allreduce" or len(set(Counter(nodes).values())) == 1
+    return kind in ("allreduce", "reduce_scatter") and even and _node.reduces(memory.dtype, op)
+
+
+def start(lanes: Lanes, kind: str, what: Reduction) -> Laned:
+    """Starts an allreduce or a reduce_scatter of flat memory."""
+    if kind == "allreduce" or isinstance(what.send, Source):
+        return allreduce(lanes, what)
+    nodes, seen, places = lanes.topology.placement.nodes, Counter[int](), list[tuple[int, int]]()
+    for rank, node in enumerate(nodes):
+        places.append((seen[node], rank))
+        seen[node] += 1
+    blocks = [rank for _, rank in sorted(places)]  # block r is rank r's
+    source = Source(Table((what.send.count,), (0,)), [what.send.address], what.send.dtype, 1.0, what.send)
+    cut = strips(source.table, lanes, blocks, what.receive.count, what.receive.itemsize)
+    rest = (what.receive, what.op, what.divisor, what.exchange)
+    return reduce_scatter(lanes, Scattering(what.words, source, cut, *rest))

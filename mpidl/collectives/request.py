@@ -1,0 +1,115 @@
+"""Calls under way: `Request`, and the queue that drives a communicator's calls in the order in which they were made.
+
+What a call does stands in `operations`; how a wait is carried out in `waiting`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from mpidl.collectives import Steps
+from mpidl.mpi import exit_protocol
+from mpidl.mpi.topology import Topology
+from mpidl.mpi.waiting import Watch
+
+
+class CallQueue:
+    """One communicator's calls under way, oldest first.
+
+    Attributes:
+        calls: their requests.
+    """
+
+    def __init__(self) -> None:
+        self.calls: deque[Request] = deque()
+
+    def add(self, request: Request) -> Request:
+        """Puts a call behind those that were made before it."""
+        self.calls.append(request)
+        return request
+
+    def advance(self, *, block: bool = False, until: Request | None = None) -> None:
+        """Drives the calls in the order in which they were made: the next starts when the one before has ended.
+
+        That order is the same on all ranks, so no call's messages can be taken for another's, whichever request the
+        user waits for first.
+        """
+        while self.calls and (until is None or not until.done):
+            front = self.calls[0]
+            if not front.step(block=block, look=until is not None):
+                return
+            self.calls.popleft()
+
+
+class Request:
+    """A call under way; it owns its buffers until it has completed."""
+
+    def __init__(self, queue: CallQueue, ranks: Topology, name: str, steps: Steps, sequence: int = 0) -> None:
+        self._queue, self._topology = queue, ranks
+        self._name = name
+        self._steps: Steps | None = steps
+        self._sequence = sequence
+        self._begun = False
+        self._pending: Any = None
+        self._watch: Watch | None = None
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._token = exit_protocol.opened(f"a call of {name} on {self._topology.name}")
+        self.done = False
+
+    def test(self) -> bool:
+        """Returns whether the call has completed, moving it on without blocking."""
+        self._queue.advance(until=self)
+        return self.done
+
+    def wait(self) -> Any:
+        """Returns the call's result when it has completed; raises what the call raises."""
+        self._queue.advance(block=True, until=self)
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def step(self, *, block: bool, look: bool) -> bool:
+        """Moves the call on; returns whether it has completed. Called by the communicator, in order.
+
+        Args:
+            block: wait until it has.
+            look: the user waits for it, if only by testing again and again: look around for who is missing.
+        """
+        try:
+            if not self._begun:
+                self._sequence = self._sequence or self._topology.begin()
+                self._begun = True
+                self._resume()
+            while not self.done:
+                if not self._pending.Test():
+                    if not look:
+                        return False
+                    self._watch = self._watch or self._topology.watch(self._name, self._sequence)
+                    if not block:
+                        self._watch.look()
+                        return False
+                    self._watch.wait(self._pending)
+                self._pending = None
+                self._resume()
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            if interrupted or self._pending is not None:  # MPI may still write into what the steps and the error hold
+                self._topology.channel.give_up(self._name, (self._pending, self._steps, error))
+            self._end(None, error)
+            if interrupted:
+                raise
+        return True  # wait() raises what was caught
+
+    def _resume(self) -> None:
+        assert self._steps is not None
+        try:
+            self._pending = next(self._steps)
+        except StopIteration as stop:
+            self._end(stop.value, None)
+
+    def _end(self, result: Any, error: BaseException | None) -> None:
+        self.done, self._result, self._error = True, result, error
+        self._steps = self._pending = None
+        exit_protocol.closed(self._token)

@@ -1,0 +1,267 @@
+"""The center variable and its operations, in three protocols; which one is decided when it is made, for all of it.
+
+*node*, where all ranks are on one: the center lies in memory that they share, and each block of it is changed and read
+under its lock. *mail*, between nodes: the same in each node's memory, of its shards; ranks of other nodes send what is
+to be added, and a thread of the owner adds it and answers. *rma*: a commit and its pull are one
+`MPI_Get_accumulate(SUM)`, a commit by itself is `MPI_Accumulate(SUM)` and a pull `MPI_Get_accumulate(NO_OP)`, atomic
+per element and served by MPI while the owner computes. No commit is lost in any. Rules that must read and write the
+center in one step exchange shard by shard under a lock. What a worker commits is its algorithm's business.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpidl.mpi import executor
+from mpidl.mpi.topology import Topology
+from mpidl.mpi.waiting import Lookout
+from mpidl.one_sided.dedicated_servers import Service
+from mpidl.one_sided.message_server import Post
+from mpidl.optim.flat import Few, Flat
+from mpidl.parameter_server.center import arrays
+from mpidl.parameter_server.center import protocol as protocols
+from mpidl.parameter_server.center.arrays import plan_of
+from mpidl.parameter_server.center.clock import Clock
+from mpidl.parameter_server.center.node_array import SharedArray
+from mpidl.parameter_server.center.progress_thread import start_progress
+from mpidl.parameter_server.center.remote_array import MailedArray
+from mpidl.parameter_server.center.sharding import shard
+from mpidl.parameter_server.center.ticket_lock import Locks
+
+Exchanged = tuple[int, int]
+_TRIALS = 4  # exchanges by which protocols are compared; the first one warms up
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an algorithm needs beside center and clock."""
+
+    locks: bool = False  # of the shards, for `exchange`
+    sums: bool = False  # an array like the center, zeros at first, for `add_to_sums`
+
+
+class Server:
+    """A flat variable in shards, which workers commit to and pull from; making it is a collective of the workers.
+
+    Args:
+        ranks: the workers.
+        initial: the whole variable, equal on all ranks, one-dimensional, float32 or float64.
+        name: for messages.
+        service: the dedicated servers of these workers, which then hold all shards and the clock; None: the workers
+            hold them, each a shard.
+        beside: what else is held, shard by shard, on the same ranks.
+        protocol: "node", "mail" or "rma"; None: chosen here.
+    """
+
+    def __init__(
+        self,
+        ranks: Topology,
+        initial: Flat,
+        name: str,
+        service: Service | None = None,
+        beside: Beside = Beside(),
+        *,
+        protocol: str | None = None,
+    ) -> None:
+        self._name, self._service = name, service
+        owners = service.servers if service is not None else range(ranks.size)
+        size = max(ranks.size, owners.stop)
+        shards = shard(initial.size, len(owners), owners.start)
+        # Workers begin with different shards and go on to the right, so that they spread over the owners.
+        first = ranks.rank % len(shards)
+        self._order = shards[first:] + shards[:first]
+        clock = Clock.plan(name, size, owners.start, ranks.size)
+        everyone = service.whole if service is not None else ranks
+        if protocol is None:
+            protocol = protocols.choose(ranks, everyone, lambda one, limit: _trial(ranks, service, one, limit))
+        hosts = protocols.hosts_of(protocol, everyone)
+        center, beside_it = (
+            plan_of(f"the {what} of {name}", initial.dtype.name, shards, protocol, hosts) for what in ("center", "sums")
+        )
+        locks = [Locks.plan(name, size, owners)] if beside.locks else []
+        sums = [beside_it] if beside.sums else []
+        self._workers, plans = ranks, (clock, center, *locks, *sums)
+        self._ranks = service.open(name, plans) if service is not None else ranks  # all that hold or reach it
+        self._lookout = Lookout(self._ranks.channel, "")
+        self._where = f"the center of {name} lies on rank(s) {', '.join(map(str, owners))}"
+        self.clock = Clock(self._ranks, clock, owners.start, ranks.size)
+        self._center = arrays.make(self._ranks, center, self._order, self.look, hosts=hosts)
+        self._locks = Locks(self._ranks, locks[0], self.look) if locks else None
+        self._sums = arrays.make(self._ranks, sums[0], self._order, self.look, hosts=hosts) if sums else None
+        self._post = self._open_post()
+        held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
+        self._progress = start_progress(self._ranks, name, self._post) if held else None
+        for part in shards[ranks.rank :: ranks.size]:  # workers share the writing out of what all of them know
+            self._center.write(part, initial[part.start : part.start + part.count])
+        self._center.flush()
+        ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
+
+    def _open_post(self) -> Post | None:
+        """Lets this rank answer letters, if some are written."""
+        mailed = [array for array in (self._center, self._sums) if isinstance(array, MailedArray)]
+        if not mailed:
+            return None
+        post = Post(self._ranks, [array.blocks for array in mailed], self._name, self.look)
+        for number, array in enumerate(mailed):
+            array.join(post, number)
+        return post
+
+    @property
+    def protocol(self) -> str:
+        """Returns "node", "mail" or "rma"."""
+        kinds = {SharedArray: protocols.NODE, MailedArray: protocols.MAIL}
+        return kinds.get(type(self._center), protocols.RMA)
+
+    def commit(self, delta: Flat, short: Few | None = None, number: int | None = None) -> int:
+        """Adds `delta` to the center and returns the commit's number: how many commits began before it.
+
+        Args:
+            delta: flat, of the center's dtype.
+            short: what rounding leaves out, for who knows that nobody else committed since his pull.
+            number: from `clock.begin()`, if `delta` depends on it; None: taken here.
+        """
+        if number is None:
+            number = self.clock.begin()
+        self._center.add(delta)
+        if short is not None:
+            self._center.add_few(short)
+        self._center.flush()
+        self.clock.land()  # only now: who reads this count must find the data
+        return number
+
+    def pull(self, out: Flat) -> int:
+        """Copies the center into `out` and returns a clock: every commit that it counts is in the copy."""
+        landed = self.clock.landed()  # before the data: later commits may be in the copy, counted ones must be
+        self._center.read(out)
+        return landed
+
+    def commit_and_pull(
+        self, delta: Flat, out: Flat, *, scale: float = 1.0, short: Few | None = None, number: int | None = None
+    ) -> Exchanged:
+        """Commits `delta * scale` and pulls, in one pass over the center.
+
+        Args as `commit`, beside:
+            out: receives the center, which holds this commit.
+            scale: 1 where something is short.
+
+        Returns:
+            The commit's number, and a clock: this commit, and every other one that it counts, is in `out`.
+        """
+        if number is None:
+            number = self.clock.begin()
+        landed = self.clock.landed()  # before the data, as in `pull`
+        self._center.add_and_pull(delta, scale, out)
+        if short is not None and short.at.size:
+            self._center.add_few(short)
+            self._center.flush()
+            out[short.at] += short.values[short.at]  # others may have committed meanwhile, and stay in it
+        self.clock.land()
+        return number, landed + 1
+
+    def exchange(self, change: Callable[[slice, Flat], Flat], out: Flat) -> Exchanged:
+        """Commits and pulls in one step for each shard, which nobody else reads or writes meanwhile.
+
+        Args:
+            change: is given a shard's place in the flat variable and its elements, and returns what they become.
+            out: receives the center as it is afterwards.
+
+        Returns:
+            The commit's number, and a clock: this commit, and every other one that it counts, is in `out`.
+        """
+        assert self._locks is not None
+        landed = self.clock.landed()
+        number = self.clock.begin()
+        for part in self._order:
+            if part.count:
+                here = slice(part.start, part.start + part.count)
+                with self._locks.held(part.owner):
+                    self._center.read_shard(part, out[here])
+                    out[here] = change(here, out[here])
+                    self._center.replace(part, out[here])  # before the lock goes: who comes next must find it
+        self.clock.land()
+        return number, landed + 1
+
+    def add_to_sums(self, values: Flat) -> Flat:
+        """Adds to the array beside the center and returns what it held before, in one step for each element."""
+        assert self._sums is not None
+        return self._sums.add_and_read(values)
+
+    def sums(self) -> Flat | None:
+        """Returns a copy of the array beside the center; None if there is none."""
+        if self._sums is None:
+            return None
+        copied = np.empty(sum(part.count for part in self._order), self._sums.dtype)
+        self._sums.read(copied)
+        return copied
+
+    def restore(self, clock: int, residual: Flat | None, sums: Flat | None = None) -> None:
+        """Makes a variable that was just made go on from a saved one; by one rank, before any commit or pull.
+
+        Args:
+            clock: commits in the saved variable.
+            residual: saved minus initial, where the initial one was rounded; the sum is exact.
+            sums: the saved array beside the center.
+        """
+        if residual is not None:
+            self._center.add_few(Few(residual, np.flatnonzero(residual)))
+            self._center.flush()
+        if sums is not None and self._sums is not None:
+            self._sums.add(sums)
+            self._sums.flush()
+        self.clock.advance(clock)
+
+    def look(self) -> None:
+        """Looks for ranks that have died; between exchanges nothing else would tell.
+
+        Raises:
+            HelpEndedError: on a thread for errands that is to end.
+            RankFailedError: a rank that holds a shard, or works, is gone.
+        """
+        if not executor.under_way():  # who waits for an errand looks
+            self._lookout.look(f"{self._name} cannot go on ({self._where})")
+
+    def end_progress(self) -> None:
+        """Ends the helper thread, where there is one; harmless the second time."""
+        if self._progress is not None:
+            self._progress.end()
+
+    def close(self) -> None:
+        """Gives the windows back; a collective of the workers."""
+        if self._post is not None:
+            self._workers.barrier(f"closing {self._name}")  # until then others may write to this rank
+        self.end_progress()
+        if self._service is not None:
+            self._service.close(self._ranks)
+        if self._post is not None:
+            self._post.close()
+        for held in (self._sums, self._locks, self._center, self.clock):  # the last that was opened first
+            if held is not None:
+                held.close()
+        if self._service is not None:
+            self._ranks.free()
+
+
+def _trial(ranks: Topology, service: Service | None, protocol: str, limit: float) -> float:
+    """Returns the seconds of a commit and its pull of 1 MiB by all workers at once; a collective of them.
+
+    Args:
+        ranks, service, protocol: as `Server`.
+        limit: seconds; a protocol whose first exchange takes longer on some rank is not tried again.
+    """
+    initial = np.zeros(1 << 18, np.float32)
+    server = Server(ranks, initial, "a trial", service, protocol=protocol)
+    out, times = np.empty_like(initial), []
+    for number in range(_TRIALS):
+        ranks.barrier("a trial")
+        started = time.perf_counter()
+        server.commit_and_pull(initial, out)
+        times.append(time.perf_counter() - started)
+        if number == 0 and ranks.gather_words(np.array(times), "a trial").max() > limit:
+            break
+    server.close()
+    return statistics.median(times[1:] or times)

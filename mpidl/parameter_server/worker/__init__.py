@@ -1,0 +1,1 @@
+"""The optimisers' common part: local steps, the exchange with the center, its statistics."""

@@ -1,0 +1,89 @@
+"""A warm start: one worker trains alone for some steps, the others wait with their first forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mpidl.mpi.waiting import Backoff
+from mpidl.parameter_server.center.clock import Clock
+
+
+class WarmStart:
+    """One worker's part in it.
+
+    Args:
+        steps: of the leader before the others begin; 0: there is no warm start.
+        model: its forward waits.
+        clock: has the word that ends it.
+        look: called while this worker waits; raises if a rank has died.
+        pull: gives the local parameters the center, when it is over.
+        leads: whether this worker trains alone.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        model: torch.nn.Module,
+        clock: Clock,
+        look: Callable[[], None],
+        pull: Callable[[], Any],
+        *,
+        leads: bool,
+    ) -> None:
+        self._clock, self._look, self._pull = clock, look, pull
+        self._left = steps if leads else 0
+        self._waits = steps > 0 and not leads
+        self._hook = model.register_forward_pre_hook(_BeforeForward(self)) if self._waits else None
+
+    @property
+    def leading(self) -> bool:
+        """Whether this worker trains alone now."""
+        return self._left > 0
+
+    def step(self) -> None:
+        """Counts a step of the leader; lets the others begin after the last one."""
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                self._clock.end_warm_start()
+
+    def join(self) -> None:
+        """Returns when the warm start is over; a worker that waited begins from the center."""
+        if not self._waits:
+            return
+        backoff = Backoff()
+        while not self._clock.warm():
+            backoff.pause()
+            self._look()
+        self._stop_waiting()
+        self._pull()
+
+    def end(self) -> None:
+        """Ends it before its time, on this worker; the leader lets the others begin."""
+        self._stop_waiting()
+        if self._left:
+            self._left = 0
+            self._clock.end_warm_start()
+
+    def _stop_waiting(self) -> None:
+        self._waits = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+class _BeforeForward:
+    """The model's hook. It must not tie the model to this process: in a copy or a pickle of it, it does nothing."""
+
+    def __init__(self, warm: WarmStart | None = None) -> None:
+        self._warm = warm
+
+    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
+        return _BeforeForward, ()
+
+    def __call__(self, model: torch.nn.Module, inputs: Any) -> None:
+        if self._warm is not None and torch.is_grad_enabled():
+            self._warm.join()

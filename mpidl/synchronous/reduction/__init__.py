@@ -1,0 +1,1 @@
+"""What one backward needs: hooks, buckets, header and trailer of a step."""
