@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 import mpidl
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 
 PROTOCOLS = ("mail", "rma")
 
@@ -22,7 +22,7 @@ PROTOCOLS = ("mail", "rma")
 def exchanges(comm: mpidl.Communicator, protocol: str, count: int, rounds: int) -> list[float]:
     """Returns the seconds of each round, of the slowest rank; the center is checked at the end."""
     ranks = comm.topology.duplicate("benchmarks/center.py")
-    server = Server(ranks, np.zeros(count, np.float32), "a benchmark", protocol=protocol)
+    server = Center(ranks, np.zeros(count, np.float32), "a benchmark", protocol=protocol)
     ones, out, seconds = np.ones(count, np.float32), np.empty(count, np.float32), []
     for _ in range(rounds + 1):  # the first one warms up
         ranks.barrier("a round")

@@ -4,10 +4,20 @@ Arrays, results and requests of the user's stand above, in `operations` and `com
 """
 
 from mpidl.collectives.dispatch import Collectives
-from mpidl.collectives.gather_list import Source
+from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.mismatch import Call, describe_reduction
 from mpidl.collectives.sharded import Shards
-from mpidl.collectives.tasks import Driven, Steps
+from mpidl.collectives.tasks import RunningTask, Task
 from mpidl.mpi.agreement import disagreement, number
 
-__all__ = ["Call", "Collectives", "Driven", "Shards", "Source", "Steps", "describe_reduction", "disagreement", "number"]
+__all__ = [
+    "Call",
+    "Collectives",
+    "GatherList",
+    "RunningTask",
+    "Shards",
+    "Task",
+    "describe_reduction",
+    "disagreement",
+    "number",
+]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpidl.collectives import Collectives, Steps, operations
+from mpidl.collectives import Collectives, Task, operations
 from mpidl.collectives.request import CallQueue, Request
 from mpidl.errors import ArgumentError, ClosedError
 from mpidl.mpi import runtime, topology
 from mpidl.mpi.topology import Topology
-from mpidl.one_sided.dedicated_servers import Service, agree_on_servers, serve
+from mpidl.one_sided.dedicated_servers import DedicatedServers, agree_on_servers, serve
 
 _world: Communicator | None = None
 _served = False  # this rank was a server, and its workers have ended
@@ -69,7 +69,7 @@ def split_servers(whole: Topology, servers: int) -> Communicator | None:
     if whole.rank >= workers:
         serve(whole, workers)
         return None
-    return Communicator._over(whole.subset(tuple(range(workers)), whole.name, 0), Service(whole, servers))
+    return Communicator._over(whole.subset(tuple(range(workers)), whole.name, 0), DedicatedServers(whole, servers))
 
 
 class Communicator:
@@ -102,12 +102,12 @@ class Communicator:
         self._set_up(topology.start(mpi_comm, getattr(mpi_comm, "name", "") or "a communicator"))
 
     @classmethod
-    def _over(cls, ranks: Topology, service: Service | None = None) -> Communicator:
+    def _over(cls, ranks: Topology, service: DedicatedServers | None = None) -> Communicator:
         made = cls.__new__(cls)
         made._set_up(ranks, service)
         return made
 
-    def _set_up(self, ranks: Topology, service: Service | None = None) -> None:
+    def _set_up(self, ranks: Topology, service: DedicatedServers | None = None) -> None:
         self._topology = ranks
         try:
             self._collectives = Collectives(ranks, directly=True)
@@ -227,7 +227,7 @@ class Communicator:
     def __repr__(self) -> str:
         return f"<mpidl.Communicator {self._topology.name}: rank {self.rank} of {self.size}, nodes {self.nodes}>"
 
-    def _start(self, name: str, steps: Steps) -> Request:
+    def _start(self, name: str, steps: Task) -> Request:
         runtime.mpi()  # refuses forked children
         request = self._queue.add(Request(self._queue, self._topology, name, steps))
         self._queue.advance()

@@ -15,8 +15,8 @@ import numpy as np
 from mpidl.arrays import view
 from mpidl.arrays.view import ArrayView
 from mpidl.collectives import cost_model
-from mpidl.collectives.fast_path import Quick
-from mpidl.collectives.gather_list import Source
+from mpidl.collectives.fast_path import FastPath
+from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.lanes import start
 from mpidl.collectives.lanes.allgather import Gathering, allgather
 from mpidl.collectives.lanes.allreduce import Reduction
@@ -26,7 +26,7 @@ from mpidl.collectives.lanes.transport import Exchange
 from mpidl.collectives.mismatch import Call, agree, explain
 from mpidl.collectives.node import Job, Node
 from mpidl.collectives.staging import carry_out
-from mpidl.collectives.tasks import Driven, Steps
+from mpidl.collectives.tasks import RunningTask, Task
 from mpidl.mpi import cuda_aware, shared_memory
 from mpidl.mpi.agreement import number
 from mpidl.mpi.topology import Topology
@@ -63,7 +63,7 @@ class Collectives:
         self.topology = topology
         self.node: Node | None = None
         self.lanes: Lanes | None = None
-        self.quick: Quick | None = None
+        self.quick: FastPath | None = None
         self.forced, self.wire_dtype = "", wire_dtype
         if shared_memory.possible(topology) and shared_memory.all_want_it(
             topology, lambda: shared_memory.wanted() and not (directly and cuda_aware.wished())
@@ -81,7 +81,7 @@ class Collectives:
         topology.channel.when_given_up = node.give_up
         if len(set(topology.placement.nodes)) == 1:
             self.node = node
-            self.quick = None if helper else Quick(topology, node)
+            self.quick = None if helper else FastPath(topology, node)
         else:
             # Messages have its tags: a second one needs a topology of its own.
             self.lanes = lanes_of_nodes(topology, node, _TAG)
@@ -106,28 +106,28 @@ class Collectives:
             return call
         return (yield from agree(self.topology, call))
 
-    def refuse(self, name: str, error: Exception) -> Steps:
+    def refuse(self, name: str, error: Exception) -> Task:
         """Tells all ranks that this one refuses its arguments; raises `error`."""
         yield from self._agree(Call(name, error=error, sequence=self.topology.channel.sequence))
         raise error
 
-    def barrier(self) -> Steps:
+    def barrier(self) -> Task:
         """The agreement is the barrier: it completes when all ranks have come."""
         yield from self._agree((yield from self.begin(Call("barrier"))))
 
-    def allreduce(self, call: Call, send: ArrayView, receive: ArrayView, op: str) -> Steps:
+    def allreduce(self, call: Call, send: ArrayView, receive: ArrayView, op: str) -> Task:
         """Reduces `send` into `receive`; they lie apart, or in shared memory only begin at one address."""
         yield from self._reduce("allreduce", call, send, receive, op)
 
-    def reduce(self, call: Call, send: ArrayView, receive: ArrayView | None, op: str, root: int) -> Steps:
+    def reduce(self, call: Call, send: ArrayView, receive: ArrayView | None, op: str, root: int) -> Task:
         """As `allreduce`, with a result on `root` only; elsewhere `receive` is None."""
         yield from self._reduce("reduce", call, send, receive, op, root=root)
 
-    def reduce_scatter(self, call: Call, send: ArrayView, receive: ArrayView, op: str) -> Steps:
+    def reduce_scatter(self, call: Call, send: ArrayView, receive: ArrayView, op: str) -> Task:
         """Reduces `send`, of size equal blocks, block r of which lands in `receive` on rank r; they lie apart."""
         yield from self._reduce("reduce_scatter", call, send, receive, op)
 
-    def broadcast(self, call: Call, memory: ArrayView, root: int) -> Steps:
+    def broadcast(self, call: Call, memory: ArrayView, root: int) -> Task:
         """Copies root's bytes into everybody's `memory`."""
         if self.node is not None:
             yield from self._done(call, self.node.broadcast(self._words(call), memory, root))
@@ -136,7 +136,7 @@ class Collectives:
         else:
             yield from carry_out(self.topology.start_broadcast, memory, root)
 
-    def allgather(self, call: Call, send: ArrayView, receive: ArrayView) -> Steps:
+    def allgather(self, call: Call, send: ArrayView, receive: ArrayView) -> Task:
         """Collects everybody's `send`, alike in size, in rank order in `receive`."""
         if self.node is not None:
             yield from self._done(call, self.node.allgather(self._words(call), send, receive))
@@ -145,14 +145,14 @@ class Collectives:
         else:
             yield from carry_out(self.topology.start_allgather, send, receive)
 
-    def alltoall(self, call: Call, send: ArrayView, receive: ArrayView) -> Steps:
+    def alltoall(self, call: Call, send: ArrayView, receive: ArrayView) -> Task:
         """Sends block r of `send` to rank r and collects the blocks that come back, in rank order."""
         yield from self._agree(call)
         yield from carry_out(self.topology.start_alltoall, send, receive)
 
     def _reduce(
         self, kind: str, call: Call, send: ArrayView, receive: ArrayView | None, op: str, *, root: int = 0
-    ) -> Steps:
+    ) -> Task:
         divisor = self.topology.size if op == "mean" else 1
         if self.node is not None and _node.reduces(send.dtype, op):
             options = {"root": root, "divisor": float(divisor)}
@@ -179,7 +179,7 @@ class Collectives:
         return start.EXCHANGES.get(chosen)
 
     def _sum_by_lanes(
-        self, words: tuple[int, int], send: ArrayView | Source, receive: ArrayView, divisor: int
+        self, words: tuple[int, int], send: ArrayView | GatherList, receive: ArrayView, divisor: int
     ) -> Laned | None:
         """Starts a sum by lanes; None if MPI is to carry it out."""
         exchange = self._exchange("allreduce", receive, "sum", self.wire_dtype)
@@ -188,7 +188,7 @@ class Collectives:
         what = Reduction(words, send, receive, "sum", float(divisor), exchange, self.wire_dtype)
         return start.start(self.lanes, "allreduce", what)
 
-    def _agree(self, call: Call) -> Steps:
+    def _agree(self, call: Call) -> Task:
         """Makes sure that all ranks made this call, unless they know."""
         if self.node is not None:
             yield from self._done(call, self.node.agree(self._words(call)))
@@ -198,7 +198,7 @@ class Collectives:
     def _words(self, call: Call) -> tuple[int, int]:
         return call.sequence, number(call.describe())
 
-    def _done(self, call: Call, job: Job) -> Steps:
+    def _done(self, call: Call, job: Job) -> Task:
         yield job
         if job.differs:
             yield from explain(self.topology, call)
@@ -218,7 +218,7 @@ class Collectives:
         started = self._sum_by_lanes(words, send, receive, divisor)
         return _SumByMPI(self.topology, send, receive, divisor) if started is None else started
 
-    def start_gathered_sum(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: int) -> Sum:
+    def start_gathered_sum(self, words: tuple[int, int], source: GatherList, receive: ArrayView, divisor: int) -> Sum:
         """As `start_sum`, of what lies scattered over memory, and does not change before it has ended."""
         if self.node is not None:
             return self.node.allreduce_table(words, source, receive, float(divisor))
@@ -249,7 +249,7 @@ class Sum(Protocol):
         """What this rank has spent on packing, and on reducing and copying, so far."""
 
 
-class _SumByMPI(Driven):
+class _SumByMPI(RunningTask):
     """MPI does not say how it spends its time."""
 
     def __init__(
@@ -266,7 +266,7 @@ class _SumByMPI(Driven):
         self.finite, self.seconds = finite, (packing, 0.0)
 
 
-def _sum_by_mpi(topology: Topology, send: ArrayView, receive: ArrayView, divisor: int) -> Steps:
+def _sum_by_mpi(topology: Topology, send: ArrayView, receive: ArrayView, divisor: int) -> Task:
     yield from topology.start_allreduce(send, receive, "sum")
     if divisor != 1:
         view.divide(receive, divisor)

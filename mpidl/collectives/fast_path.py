@@ -12,7 +12,7 @@ import numpy as np
 
 from mpidl.collectives.mismatch import Call, describe_reduction, explain
 from mpidl.collectives.node import Node
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 from mpidl.mpi import datatypes
 from mpidl.mpi.agreement import number
 from mpidl.mpi.topology import Topology
@@ -22,14 +22,14 @@ _KINDS = 1024  # of calls that are remembered
 _PATIENCE = 100_000  # nanoseconds, until signals and lost peers are looked after
 
 
-class Quick:
+class FastPath:
     """The quick calls of one node's ranks."""
 
     def __init__(self, topology: Topology, node: Node) -> None:
         self._topology, self._node = topology, node
         self._known: dict[tuple[Any, ...], tuple[Any, Call]] = {}
 
-    def allreduce(self, x: Any, op: str, out: Any) -> bool | tuple[int, Steps]:
+    def allreduce(self, x: Any, op: str, out: Any) -> bool | tuple[int, Task]:
         """Carries a call out.
 
         Returns:
@@ -76,7 +76,7 @@ class Quick:
         self._known[x.dtype, x.shape, op] = struct, call
         return struct, call
 
-    def _rest(self, struct: Any, call: Call, arrays: Any) -> Steps:
+    def _rest(self, struct: Any, call: Call, arrays: Any) -> Task:
         job = self._node.resume(struct, arrays)
         yield job
         if job.differs:

@@ -14,7 +14,7 @@ from mpidl.arrays.view import ArrayView
 
 
 @dataclass(frozen=True)
-class Source:
+class GatherList:
     """Segments, each scaled and cast as it is read.
 
     Attributes:
@@ -59,12 +59,12 @@ class Cut:
     segments: tuple[int, ...]
     skipped: tuple[int, ...]
 
-    def of(self, source: Source) -> Source:
+    def of(self, source: GatherList) -> GatherList:
         """Returns these parts of a source with that table."""
         item, whole = view.ITEMSIZES[source.dtype], source.addresses
         parts = zip(self.segments, self.skipped, strict=True)
         addresses = [whole[segment] and whole[segment] + skipped * item for segment, skipped in parts]
-        return Source(self.table, addresses, source.dtype, source.scale, source.owner)
+        return GatherList(self.table, addresses, source.dtype, source.scale, source.owner)
 
 
 def cut(table: Table, length: int, blocks: Sequence[int], start: int, stop: int) -> Cut:

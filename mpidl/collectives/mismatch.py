@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 from mpidl.errors import MismatchError
 from mpidl.mpi import cuda_aware
 from mpidl.mpi.agreement import disagreement, number
@@ -66,7 +66,7 @@ def agree(topology: Topology, call: Call) -> Generator[Any, None, Call]:
     return replace(call, agreed=True, direct=cuda_aware.direct(topology, call.device))
 
 
-def explain(topology: Topology, call: Call) -> Steps:
+def explain(topology: Topology, call: Call) -> Task:
     """Raises, on every rank, what the ranks called, or this rank's own error."""
     sent = np.zeros(_DESCRIPTION, np.uint8)
     raw = call.describe().encode()[:_DESCRIPTION]

@@ -11,7 +11,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from mpidl.arrays.view import ArrayView
-from mpidl.collectives.gather_list import Source
+from mpidl.collectives.gather_list import GatherList
 from mpidl.mpi.shared_memory import Segment
 from mpidl.native import node as _node
 
@@ -116,7 +116,7 @@ class Node:
         addresses = (memory.address, memory.address)  # root only reads there, the others only write
         return self._start(_node.job(words, "broadcast", "uint8", memory.nbytes, addresses, root=root), memory)
 
-    def allreduce_table(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: float) -> Job:
+    def allreduce_table(self, words: tuple[int, int], source: GatherList, receive: ArrayView, divisor: float) -> Job:
         """Starts the sum of all ranks' sources over `divisor`; the copy into shared memory is the packing.
 
         Args:
@@ -128,19 +128,19 @@ class Node:
         return self._table("allreduce", words, source, receive, divisor=divisor)
 
     def reduce_scatter_table(
-        self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: float, op: str = "sum"
+        self, words: tuple[int, int], source: GatherList, receive: ArrayView, divisor: float, op: str = "sum"
     ) -> Job:
         """As `allreduce_table`, of sources of a block as long as `receive` for each rank, which gets its own."""
         return self._table("reduce_scatter", words, source, receive, divisor=divisor, op=op)
 
-    def _table(self, kind: str, words: tuple[int, int], source: Source, receive: ArrayView, **options: Any) -> Job:
+    def _table(self, kind: str, words: tuple[int, int], source: GatherList, receive: ArrayView, **options: Any) -> Job:
         struct = _node.job(words, kind, receive.dtype, receive.count, (0, receive.address), **options)
         pointers = _node.pointers(source.addresses)
         _node.read_from_table(struct, source.table.segments, pointers, source.dtype, scale=source.scale)
         return self._start(struct, (pointers, source, receive))
 
     def reduce_scatter_part(
-        self, words: tuple[int, int], source: ArrayView | Source, part: Part, out: ArrayView, op: str
+        self, words: tuple[int, int], source: ArrayView | GatherList, part: Part, out: ArrayView, op: str
     ) -> Job:
         """Starts the reduction of a part of the ranks' data, whose blocks go to the first ranks.
 

@@ -13,18 +13,18 @@ from typing import Any
 from mpidl.arrays import devices
 from mpidl.arrays import view as arrays
 from mpidl.arrays.view import ArrayView
-from mpidl.collectives import Call, Collectives, Steps, describe_reduction
+from mpidl.collectives import Call, Collectives, Task, describe_reduction
 from mpidl.collectives.staging import Target, fetch, widened
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
 from mpidl.mpi import cuda_aware, datatypes
 
 
-def barrier(ranks: Collectives) -> Steps:
+def barrier(ranks: Collectives) -> Task:
     """See `Communicator.barrier`."""
     yield from ranks.barrier()
 
 
-def allreduce(ranks: Collectives, x: Any, op: str, out: Any) -> Steps:
+def allreduce(ranks: Collectives, x: Any, op: str, out: Any) -> Task:
     """See `Communicator.allreduce`."""
     try:
         view = _input(x, op)
@@ -41,7 +41,7 @@ def allreduce(ranks: Collectives, x: Any, op: str, out: Any) -> Steps:
     return target.finish(receive)
 
 
-def reduce(ranks: Collectives, x: Any, op: str, root: int, out: Any) -> Steps:
+def reduce(ranks: Collectives, x: Any, op: str, root: int, out: Any) -> Task:
     """See `Communicator.reduce`."""
     try:
         view = _input(x, op)
@@ -63,7 +63,7 @@ def reduce(ranks: Collectives, x: Any, op: str, root: int, out: Any) -> Steps:
     return target.finish(receive)
 
 
-def reduce_scatter(ranks: Collectives, x: Any, op: str) -> Steps:
+def reduce_scatter(ranks: Collectives, x: Any, op: str) -> Task:
     """See `Communicator.reduce_scatter`."""
     try:
         view = _input(x, op)
@@ -79,7 +79,7 @@ def reduce_scatter(ranks: Collectives, x: Any, op: str) -> Steps:
     return target.finish(receive)
 
 
-def broadcast(ranks: Collectives, x: Any, root: int) -> Steps:
+def broadcast(ranks: Collectives, x: Any, root: int) -> Task:
     """See `Communicator.broadcast`."""
     rank = ranks.topology.rank
     try:
@@ -100,7 +100,7 @@ def broadcast(ranks: Collectives, x: Any, root: int) -> Steps:
     return target.finish(target.memory)
 
 
-def allgather(ranks: Collectives, x: Any) -> Steps:
+def allgather(ranks: Collectives, x: Any) -> Task:
     """See `Communicator.allgather`."""
     try:
         view = _input(x)
@@ -114,7 +114,7 @@ def allgather(ranks: Collectives, x: Any) -> Steps:
     return target.finish(target.memory)
 
 
-def alltoall(ranks: Collectives, x: Any) -> Steps:
+def alltoall(ranks: Collectives, x: Any) -> Task:
     """See `Communicator.alltoall`."""
     try:
         view = _input(x)

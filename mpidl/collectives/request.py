@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from mpidl.collectives import Steps
+from mpidl.collectives import Task
 from mpidl.mpi import exit_protocol
 from mpidl.mpi.topology import Topology
-from mpidl.mpi.waiting import Watch
+from mpidl.mpi.waiting import WaitGuard
 
 
 class CallQueue:
@@ -45,14 +45,14 @@ class CallQueue:
 class Request:
     """A call under way; it owns its buffers until it has completed."""
 
-    def __init__(self, queue: CallQueue, ranks: Topology, name: str, steps: Steps, sequence: int = 0) -> None:
+    def __init__(self, queue: CallQueue, ranks: Topology, name: str, steps: Task, sequence: int = 0) -> None:
         self._queue, self._topology = queue, ranks
         self._name = name
-        self._steps: Steps | None = steps
+        self._steps: Task | None = steps
         self._sequence = sequence
         self._begun = False
         self._pending: Any = None
-        self._watch: Watch | None = None
+        self._watch: WaitGuard | None = None
         self._result: Any = None
         self._error: BaseException | None = None
         self._token = exit_protocol.opened(f"a call of {name} on {self._topology.name}")

@@ -21,12 +21,12 @@ from mpidl.arrays import view
 from mpidl.arrays.view import ArrayView
 from mpidl.collectives import cost_model
 from mpidl.collectives.dispatch import Collectives, Sum
-from mpidl.collectives.gather_list import Source
+from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.lanes.pipeline import AHEAD, Lanes
 from mpidl.collectives.lanes.reduce_scatter import Scattering, reduce_scatter, strips
 from mpidl.collectives.lanes.start import EXCHANGES
 from mpidl.collectives.lanes.transport import Exchange, Wire
-from mpidl.collectives.tasks import Driven, Steps, Together
+from mpidl.collectives.tasks import RunningTask, Task, Together
 from mpidl.errors import SharedMemoryError
 from mpidl.mpi import shared_memory
 from mpidl.mpi.agreement import number
@@ -120,7 +120,7 @@ class Shards:
             sequence = topology.begin()
             topology.wait(self._group.node.agree((sequence, _BARRIER)), what, sequence)
 
-    def start_reduce(self, words: tuple[int, int], source: Source, receive: ArrayView, divisor: int) -> Sum:
+    def start_reduce(self, words: tuple[int, int], source: GatherList, receive: ArrayView, divisor: int) -> Sum:
         """Starts the sum of all ranks' sources over `divisor`, of which this rank gets its own block in `receive`.
 
         What must not change: as for `Collectives.start_gathered_sum`.
@@ -153,11 +153,11 @@ class Shards:
     def _gather(self, lanes: Lanes, flat: np.ndarray[Any, Any], places: list[tuple[int, int]]) -> None:
         """A lane's blocks lie side by side in the weights of each group."""
         sequence = self.ranks.begin()
-        gathers = list[Driven]()
+        gathers = list[RunningTask]()
         for bucket, (start, size) in enumerate(places):
             exchange, wire = self._exchange(size * self.ranks.size, "uint8"), lanes.wire(AHEAD + bucket)
             blocks = flat[start + lanes.place * len(lanes.peers) * size :][: len(lanes.peers) * size]
-            gathers.append(Driven(_gathered(exchange, wire, blocks)))
+            gathers.append(RunningTask(_gathered(exchange, wire, blocks)))
         wait_all(self.ranks, [Together(gathers)], "sharing updated weights", sequence, (flat, gathers))
 
     def gather_blocks(self, mine: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, Any]:
@@ -180,7 +180,7 @@ class Shards:
 class _SumOfOne:
     """What a rank that is alone has of a sum, at once."""
 
-    def __init__(self, source: Source, receive: ArrayView, divisor: int) -> None:
+    def __init__(self, source: GatherList, receive: ArrayView, divisor: int) -> None:
         started = time.perf_counter()
         self.finite = source.gather(receive)
         if divisor != 1:
@@ -194,7 +194,7 @@ class _SumOfOne:
         return True
 
 
-def _gathered(exchange: Exchange, wire: Wire, blocks: np.ndarray[Any, Any]) -> Steps:
+def _gathered(exchange: Exchange, wire: Wire, blocks: np.ndarray[Any, Any]) -> Task:
     yield from exchange.allgather(wire, blocks)
     wire.end()
 

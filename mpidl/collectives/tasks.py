@@ -10,7 +10,7 @@ from typing import Any
 
 from mpidl.errors import ClosedError
 
-Steps = Generator[Any, None, Any]
+Task = Generator[Any, None, Any]
 
 
 class Together:
@@ -25,14 +25,14 @@ class Together:
         return not self._left
 
 
-class Driven:
+class RunningTask:
     """A generator of requests, moved on by `Test` like a single request.
 
     Attributes:
         result: what the generator returned, once `Test` has been true.
     """
 
-    def __init__(self, steps: Steps) -> None:
+    def __init__(self, steps: Task) -> None:
         self._steps = steps
         self._pending: Any = None
         self._done = self._broken = False

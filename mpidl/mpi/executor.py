@@ -18,11 +18,11 @@ _LOOK_EVERY = 0.02  # seconds
 _LAST_MOMENT = 1.0  # seconds that a call has to notice that nobody waits for it any more
 
 
-class HelpEndedError(Exception):
+class ExecutorEndedError(Exception):
     """A helper thread was to end while it waited."""
 
 
-class Errand(Generic[Result]):
+class Future(Generic[Result]):
     """One call."""
 
     def __init__(self, call: Callable[[], Result]) -> None:
@@ -32,7 +32,7 @@ class Errand(Generic[Result]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Makes the call, on the thread that does errands."""
+        """Makes the call, on the executor's thread."""
         try:
             self._result = self._call()
         except BaseException as error:  # it is who waits that it concerns
@@ -53,19 +53,19 @@ class Errand(Generic[Result]):
         return self._result
 
 
-class Errands:
-    """A thread for errands; it ends when the main thread has ended, in whatever way, since it is a daemon.
+class Executor:
+    """A thread that makes calls in order; it ends when the main thread has ended, in whatever way, since it is a daemon.
 
     Args:
         name: for messages.
     """
 
     def __init__(self, name: str) -> None:
-        self._waiting: queue.SimpleQueue[Errand[Any] | None] = queue.SimpleQueue()
-        self._thread = _Runner(self._run, f"mpidl errands of {name}")
+        self._waiting: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()
+        self._thread = _Runner(self._run, f"mpidl executor of {name}")
         self._thread.start()
 
-    def start(self, call: Callable[[], Result]) -> Errand[Result]:
+    def start(self, call: Callable[[], Result]) -> Future[Result]:
         """Has `call` made, after those that were asked for before.
 
         Raises:
@@ -73,9 +73,9 @@ class Errands:
         """
         if self._thread.given_up:
             raise ClosedError("an exchange beside local steps: finish() was called, and its thread has ended")
-        errand = Errand(call)
-        self._waiting.put(errand)
-        return errand
+        future = Future(call)
+        self._waiting.put(future)
+        return future
 
     def end(self) -> None:
         """Ends the thread; a call under way is given up where it waits. Harmless the second time."""
@@ -84,8 +84,8 @@ class Errands:
         self._thread.join(_LAST_MOMENT)  # one that is inside MPI stays there, and the job is about to be aborted
 
     def _run(self) -> None:
-        while (errand := self._waiting.get()) is not None:
-            errand.run()
+        while (future := self._waiting.get()) is not None:
+            future.run()
 
 
 class _Runner(threading.Thread):
@@ -95,12 +95,12 @@ class _Runner(threading.Thread):
 
 
 def under_way() -> bool:
-    """Returns whether this is the thread of some errands.
+    """Returns whether this is an executor's thread.
 
     Raises:
-        HelpEndedError: it is, and nobody waits for what it does any more.
+        ExecutorEndedError: it is, and nobody waits for what it does any more.
     """
     thread = threading.current_thread()
     if isinstance(thread, _Runner) and thread.given_up:
-        raise HelpEndedError
+        raise ExecutorEndedError
     return isinstance(thread, _Runner)

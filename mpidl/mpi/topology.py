@@ -16,7 +16,7 @@ from mpidl.mpi import datatypes, failure_detector, runtime
 from mpidl.mpi.failure_detector import Channel, Limits
 from mpidl.mpi.placement import Link, Placement, helper_wish, pretended_node_size
 from mpidl.mpi.processes import Process, start_time
-from mpidl.mpi.waiting import Watch, poll
+from mpidl.mpi.waiting import WaitGuard, poll
 
 _PIECE = 1 << 30  # elements (or bytes) per MPI call: counts of MPI-3 bindings end at 2^31 - 1
 
@@ -127,12 +127,12 @@ class Topology:
         """Counts one more call on this topology; see `Channel.begin`."""
         return self.channel.begin()
 
-    def watch(self, what: str, sequence: int) -> Watch:
+    def watch(self, what: str, sequence: int) -> WaitGuard:
         """Returns what a wait in call number `sequence` does between two tests of its request; its time begins now."""
-        return Watch(self.channel, what, sequence)
+        return WaitGuard(self.channel, what, sequence)
 
     def wait(self, request: Any, what: str, sequence: int) -> None:
-        """Returns when `request` has completed; see `Watch.wait`."""
+        """Returns when `request` has completed; see `WaitGuard.wait`."""
         if not request.Test():
             self.watch(what, sequence).wait(request)
 
@@ -286,7 +286,7 @@ def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) 
         made, request = parent.Idup()
         poll(request, what, limits.give_up, (made, request))
     else:
-        watch = Watch(channel, what, channel.begin())
+        watch = WaitGuard(channel, what, channel.begin())
         made, request = parent.Idup()
         watch.until(request.Test, (made, request))
     return made

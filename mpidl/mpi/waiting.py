@@ -95,7 +95,7 @@ def poll(request: Any, what: str, limit: float, owner: Any) -> None:
         raise
 
 
-class Watch:
+class WaitGuard:
     """What one wait does besides testing its request: looks for the dead, calls the roll, gives up in the end.
 
     Its time begins now.

@@ -37,7 +37,7 @@ def pieces(count: int) -> Iterable[slice]:
     return (slice(at, min(at + PIECE, count)) for at in range(0, count, PIECE))
 
 
-class Letter:
+class ActiveMessage:
     """One letter under way; it keeps the memory that it works on.
 
     Args:
@@ -90,7 +90,7 @@ class Letter:
         return not self._pieces and not self._under_way and bool(self._sent.Test())
 
 
-def wait(letters: list[Letter], meanwhile: Callable[[], bool], look: Callable[[], None]) -> None:
+def wait(letters: list[ActiveMessage], meanwhile: Callable[[], bool], look: Callable[[], None]) -> None:
     """Returns when all letters are answered.
 
     Args:

@@ -20,8 +20,8 @@ from mpidl.mpi import exit_protocol, runtime, topology
 from mpidl.mpi.agreement import disagreement
 from mpidl.mpi.topology import Topology
 from mpidl.mpi.waiting import Attention, Lookout
-from mpidl.one_sided.locked_array import SharedBlocks
-from mpidl.one_sided.message_server import Post
+from mpidl.one_sided.locked_array import LockedArray
+from mpidl.one_sided.message_server import MessageServer
 from mpidl.one_sided.window import Plan, Window
 
 _TAG = 8
@@ -31,7 +31,7 @@ _PAUSE = 1e-2  # seconds between two looks for an order: next to no CPU time,
 _PAUSE_FOR_OTHER_NODES = 1e-3  # and while workers of other nodes may need this rank's help to reach its windows
 
 
-class Service:
+class DedicatedServers:
     """The servers as their workers see them.
 
     Args:
@@ -103,7 +103,7 @@ def agree_on_servers(whole: Topology, servers: int) -> None:
 
 
 def serve(whole: Topology, workers: int) -> None:
-    """Does what the workers order; returns when they have ended: by `Service.end`, or each by the end of its program.
+    """Does what the workers order; returns when they have ended: by `DedicatedServers.end`, or each by its exit.
 
     Args:
         whole: workers first, then servers; this rank is a server.
@@ -125,8 +125,8 @@ class _Server:
         self._workers = range(workers)
         nodes = whole.placement.nodes
         self._far = any(nodes[worker] != nodes[whole.rank] for worker in self._workers)
-        self._held: dict[int, tuple[Topology, list[Window | SharedBlocks]]] = {}
-        self._posts: dict[int, Post] = {}
+        self._held: dict[int, tuple[Topology, list[Window | LockedArray]]] = {}
+        self._posts: dict[int, MessageServer] = {}
         self._opened = 0
         self._stop_passed_on = False
         self._lookout = Lookout(whole.channel, "the wait for an order: it serves")
@@ -183,11 +183,11 @@ class _Server:
             counts = tuple(count if rank == ranks.rank else 0 for rank in range(ranks.size))
             made = Plan(name, dtype, counts, shared, tuple(reached) * ranks.size, alone).make(ranks)
             windows.append(made)
-            if reached and isinstance(made, SharedBlocks):
+            if reached and isinstance(made, LockedArray):
                 mailed.append(made)
         self._held[self._opened] = (ranks, windows)
         if mailed:
-            self._posts[self._opened] = Post(ranks, mailed, order["name"], self._look)
+            self._posts[self._opened] = MessageServer(ranks, mailed, order["name"], self._look)
         self._opened += 1
 
     def _close(self, number: int) -> None:

@@ -25,7 +25,7 @@ _PATIENCE = 20_000_000  # nanoseconds between two looks at signals and the dead
 _SAY_AFTER = 10.0  # seconds
 
 
-class SharedBlocks:
+class LockedArray:
     """Equally typed elements, zeros at first, which every rank of a node reads and changes in place.
 
     Args:
@@ -50,7 +50,7 @@ class SharedBlocks:
     def dtype(self) -> np.dtype[Any]:
         return self._dtype
 
-    def watched_by(self, look: Callable[[], None]) -> SharedBlocks:
+    def watched_by(self, look: Callable[[], None]) -> LockedArray:
         """The same memory with a `look` of its own; to be dropped before `close`."""
         other = copy.copy(self)
         other.look = look

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpidl.mpi import runtime
-from mpidl.mpi.executor import HelpEndedError
+from mpidl.mpi.executor import ExecutorEndedError
 from mpidl.mpi.topology import Topology
 from mpidl.one_sided.active_message import (
     AHEAD,
@@ -28,10 +28,10 @@ from mpidl.one_sided.active_message import (
     VALUES,
     pieces,
 )
-from mpidl.one_sided.locked_array import SharedBlocks
+from mpidl.one_sided.locked_array import LockedArray
 
 
-class Post:
+class MessageServer:
     """Answers what the ranks of one server write to this one; making it is a collective, and so is closing it.
 
     Args:
@@ -45,7 +45,7 @@ class Post:
         attended: whether a thread serves all the time, so that no other need.
     """
 
-    def __init__(self, ranks: Topology, arrays: Sequence[SharedBlocks], name: str, look: Callable[[], None]) -> None:
+    def __init__(self, ranks: Topology, arrays: Sequence[LockedArray], name: str, look: Callable[[], None]) -> None:
         mpi = runtime.mpi()
         self.ranks = ranks.duplicate(f"the letters of {name}")
         self._comm, self._anyone, self._bytes = self.ranks.data, mpi.ANY_SOURCE, mpi.BYTE
@@ -62,7 +62,7 @@ class Post:
         if threading.current_thread() is threading.main_thread():
             self._look()
         elif not self._helped:
-            raise HelpEndedError
+            raise ExecutorEndedError
 
     def end_help(self) -> None:
         """Lets no other thread than the main one wait for a lock any more."""
@@ -72,7 +72,7 @@ class Post:
         """Does what can be done without waiting; returns whether there was something. Any thread may call it.
 
         Raises:
-            HelpEndedError: it waited for a lock on another thread than the main one.
+            ExecutorEndedError: it waited for a lock on another thread than the main one.
         """
         channel = self.ranks.channel
         if not self._open or channel.given_up is not None or not self._lock.acquire(blocking=False):
@@ -114,7 +114,7 @@ class Post:
 class _Answering:
     """One letter that is being answered."""
 
-    def __init__(self, comm: Any, writer: int, header: np.ndarray[Any, Any], array: SharedBlocks) -> None:
+    def __init__(self, comm: Any, writer: int, header: np.ndarray[Any, Any], array: LockedArray) -> None:
         self._comm, self._writer, self._array, self._bytes = comm, writer, array, runtime.mpi().BYTE
         self._kind, self._answer, self._start, count = (
             int(header[name][0]) for name in ("kind", "answer", "start", "count")

@@ -16,7 +16,7 @@ from mpidl.errors import ClosedError, SharedMemoryError
 from mpidl.mpi import datatypes, exit_protocol, runtime
 from mpidl.mpi.topology import Topology
 from mpidl.one_sided import locked_array
-from mpidl.one_sided.locked_array import SharedBlocks
+from mpidl.one_sided.locked_array import LockedArray
 
 _PIECE = 1 << 28  # elements per MPI call
 
@@ -34,12 +34,12 @@ class Plan:
     ] = ()  # elements in each rank's reach, if those out of it are reached by letters (`active_message`)
     alone: bool = False  # then: nobody else reaches them
 
-    def make(self, ranks: Topology) -> Window | SharedBlocks:
+    def make(self, ranks: Topology) -> Window | LockedArray:
         """Makes what is planned over `ranks`, filled with zeros; a collective."""
         if self.shared:
             memory = locked_array.map_blocks(ranks, self.shared, self.dtype)
             if memory is not None:
-                return SharedBlocks(ranks, self.shared, self.dtype, self.name, memory)
+                return LockedArray(ranks, self.shared, self.dtype, self.name, memory)
         if self.mailed:
             count, memory = max(1, self.mailed[ranks.rank]), None
             try:
@@ -48,7 +48,7 @@ class Plan:
                 if ranks.rank == 0:
                     exit_protocol.say(f"{self.name} is kept in an RMA window: {error}")
             if memory is not None:
-                return SharedBlocks(ranks, count, self.dtype, self.name, memory)
+                return LockedArray(ranks, count, self.dtype, self.name, memory)
         return self.make_window(ranks)
 
     def make_window(self, ranks: Topology) -> Window:

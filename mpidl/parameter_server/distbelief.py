@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpidl.collectives.communicator import Communicator
-from mpidl.mpi.executor import Errand, Errands
+from mpidl.mpi.executor import Executor, Future
 from mpidl.optim import flat, validation
 from mpidl.optim.flat import Flat
 from mpidl.parameter_server.center.center import Beside
@@ -102,8 +102,8 @@ class DistBelief(Worker):
         self._commits = 0  # of its own, refused ones left out
         self._others = self._clock  # others' commits that the parameters know of
         self._base = self._clock  # and those that the oldest gradient does, of what is pushed next
-        self._errands = Errands(type(self).__name__) if overlap else None
-        self._under_way: Errand[_Done] | None = None
+        self._executor = Executor(type(self).__name__) if overlap else None
+        self._under_way: Future[_Done] | None = None
         self._awaited = False  # whether a fetch was begun and is not taken over yet
         self._fetched: tuple[Flat, int, int] | None = None  # center, clock, others' commits in it; not yet taken over
         first = self._ranks.rank == 0
@@ -125,8 +125,8 @@ class DistBelief(Worker):
         if self._awaited and self._since_fetch >= self._overlap:
             self._settle()
         push, fetch = self._steps >= self._n_push, self._since_fetch >= self._n_fetch
-        if (push or fetch) and self._errands is not None and not self._warm.leading:
-            self._begin_beside(self._errands, push=push, fetch=fetch)
+        if (push or fetch) and self._executor is not None and not self._warm.leading:
+            self._begin_beside(self._executor, push=push, fetch=fetch)
         elif push or fetch:
             started = time.perf_counter()
             with self._turn():
@@ -187,14 +187,14 @@ class DistBelief(Worker):
         self._others = self._clock - self._commits
         return pulled
 
-    def _begin_beside(self, errands: Errands, *, push: bool, fetch: bool) -> None:
+    def _begin_beside(self, executor: Executor, *, push: bool, fetch: bool) -> None:
         """Lets the thread push and fetch, after what it was asked for before."""
         self._await_exchange()
         started = time.perf_counter()
         self._server.look()
         gradient, base = self._take_accrued() if push else None, self._base
         center = self._take() if fetch else None
-        self._under_way = errands.start(lambda: self._exchange_beside(gradient, base, center))
+        self._under_way = executor.start(lambda: self._exchange_beside(gradient, base, center))
         if push:
             self._steps = 0
         if fetch:
@@ -210,15 +210,15 @@ class DistBelief(Worker):
             return _Done(gradient, base, number, center, clock, self._server.clock.stop_requested())
 
     def _await_exchange(self) -> None:
-        errand = self._under_way
-        if errand is None:
+        future = self._under_way
+        if future is None:
             return
         started = time.perf_counter()
         try:
-            done = errand.wait(self._server.look)
+            done = future.wait(self._server.look)
             self._under_way = None
         finally:
-            if errand.failed:  # one whose wait is broken off goes on
+            if future.failed:  # one whose wait is broken off goes on
                 self._under_way = None
         self.statistics.seconds_communicating += time.perf_counter() - started
         self.stopping = done.stopping
@@ -238,8 +238,8 @@ class DistBelief(Worker):
         self.statistics.seconds_communicating += time.perf_counter() - started
 
     def _end_threads(self) -> None:
-        if self._errands is not None:
-            self._errands.end()
+        if self._executor is not None:
+            self._executor.end()
         super()._end_threads()
 
     def _gradients(self) -> Flat:

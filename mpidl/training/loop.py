@@ -12,7 +12,7 @@ from mpidl.training.job import Job
 from mpidl.training.metrics import Recorder
 from mpidl.training.saving import Saver
 from mpidl.training.stop import StopRequest
-from mpidl.training.strategies import Way
+from mpidl.training.strategies import Strategy
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Loop:
 
     job: Job
     model: torch.nn.Module
-    way: Way
+    way: Strategy
     scheduler: LRScheduler | None
     share: Share
     recorder: Recorder

@@ -13,7 +13,7 @@ import torch
 
 from mpidl.training.outputs import MetricsFile
 from mpidl.training.progress import Figures, Progress
-from mpidl.training.strategies import Tally, Way
+from mpidl.training.strategies import Strategy, Tally
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Recorder:
     """
 
     def __init__(
-        self, way: Way, metrics: MetricsFile | None, progress: Progress, every: int, before: Done = NOTHING
+        self, way: Strategy, metrics: MetricsFile | None, progress: Progress, every: int, before: Done = NOTHING
     ) -> None:
         self._way, self._metrics, self._progress, self._every = way, metrics, progress, every
         self._losses: list[tuple[torch.Tensor, int]] = []

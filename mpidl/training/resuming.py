@@ -27,7 +27,7 @@ from mpidl.training.randomness import restore_random_state, seed_all, seed_for
 from mpidl.training.refusal import everywhere
 from mpidl.training.saving import LOCAL, MODEL, TRAINING, local_name, worker_folder
 from mpidl.training.settings import Settings
-from mpidl.training.snapshot import Subject
+from mpidl.training.snapshot import Snapshot
 
 _OPTION = {
     "job": "JOB",
@@ -223,7 +223,7 @@ def load_model(origin: Origin, model: torch.nn.Module) -> None:
         raise ArgumentError(f"--resume: the model in {origin.checkpoint.path} is another one: {error}") from error
 
 
-def restore(origin: Origin, subject: Subject) -> None:
+def restore(origin: Origin, subject: Snapshot) -> None:
     """Gives this rank the rest of what was saved, the random numbers last; a collective.
 
     Raises:
@@ -241,7 +241,7 @@ def restore(origin: Origin, subject: Subject) -> None:
     everywhere(subject.comm, lambda: _restore_rank(origin, subject, training))
 
 
-def _restore_rank(origin: Origin, subject: Subject, training: Mapping[str, Any]) -> None:
+def _restore_rank(origin: Origin, subject: Snapshot, training: Mapping[str, Any]) -> None:
     rank = subject.comm.rank
     local: dict[str, Any] = {}
     if origin.local is not None:
@@ -264,7 +264,7 @@ def _restore_rank(origin: Origin, subject: Subject, training: Mapping[str, Any])
         subject.way.restore_common_state(training["common"])
 
 
-def _load_optimizer(origin: Origin, subject: Subject, own: Mapping[str, Any]) -> None:
+def _load_optimizer(origin: Origin, subject: Snapshot, own: Mapping[str, Any]) -> None:
     """Loads optimiser and scheduler; a worker that is new, or one among another number, keeps pace with the template.
 
     A new worker's optimiser begins without moments.

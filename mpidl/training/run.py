@@ -27,9 +27,9 @@ from mpidl.training.refusal import RefusedError, everywhere, workers
 from mpidl.training.resuming import Origin
 from mpidl.training.saving import AsynchronousSaver, Saver, SynchronousSaver, worker_folder
 from mpidl.training.settings import STOPPED_STATUS, UNSAVED_STATUS, Settings
-from mpidl.training.snapshot import Subject
+from mpidl.training.snapshot import Snapshot
 from mpidl.training.stop import StopRequest
-from mpidl.training.strategies import Way, new_way
+from mpidl.training.strategies import Strategy, new_strategy
 
 _EVALUATION_OF_A_STOPPED_RUN = 10.0  # seconds at most: who was asked to stop may not have long
 
@@ -78,7 +78,7 @@ def run(settings: Settings, stop: StopRequest, comm: Communicator | None = None)
     if origin is not None:
         everywhere(comm, lambda: resuming.load_model(origin, prepared.model))
         resuming.reuse_link(origin, comm)
-    way = new_way(settings, prepared.optimizer, prepared.model, comm)
+    way = new_strategy(settings, prepared.optimizer, prepared.model, comm)
     return _Run(settings, comm, prepared, folder, way, kept, origin).train(stop)
 
 
@@ -103,7 +103,7 @@ class _Run:
     comm: Communicator
     prepared: Prepared
     folder: Folder
-    way: Way
+    way: Strategy
     kept: dict[str, Any]  # settings that a run keeps when it goes on
     origin: Origin | None  # where it goes on from
 
@@ -111,7 +111,7 @@ class _Run:
         settings, comm, prepared, origin = self.settings, self.comm, self.prepared, self.origin
         self._share: Share = training_share(prepared.train, comm.rank, comm.size, settings.batch_size, settings.seed)
         self._recorder = self._new_recorder()
-        self._subject = Subject(
+        self._subject = Snapshot(
             settings=settings,
             identity=self.kept,
             comm=comm,

@@ -23,7 +23,7 @@ from mpidl.optim import state
 from mpidl.training.checkpoint import Draft, Entry, Store, encode, encode_tensors
 from mpidl.training.data import Position
 from mpidl.training.refusal import RefusedError, everywhere
-from mpidl.training.snapshot import Subject
+from mpidl.training.snapshot import Snapshot
 from mpidl.training.strategies import Shared
 
 MODEL, TRAINING, LOCAL = "model.safetensors", "training.pt", "local.pt"
@@ -82,7 +82,7 @@ class SynchronousSaver:
         number: of the next checkpoint; equal on all ranks.
     """
 
-    def __init__(self, subject: Subject, number: int) -> None:
+    def __init__(self, subject: Snapshot, number: int) -> None:
         self._subject, self._number = subject, number
         self._saved = subject.recorder.steps
         self._timer = Timer(subject.settings.checkpoint_every if subject.comm.rank == 0 else None)
@@ -160,7 +160,7 @@ class AsynchronousSaver:
         clock: commits in the newest checkpoint of the center, None if there is none.
     """
 
-    def __init__(self, subject: Subject, number: int, shared_number: int, clock: int | None) -> None:
+    def __init__(self, subject: Snapshot, number: int, shared_number: int, clock: int | None) -> None:
         self._subject, self._number, self._shared_number = subject, number, shared_number
         self._saved, self._saved_clock = subject.recorder.steps, clock
         self._timer = Timer(subject.settings.checkpoint_every)

@@ -18,11 +18,11 @@ from mpidl.training.data import Position
 from mpidl.training.metrics import Recorder
 from mpidl.training.randomness import random_state
 from mpidl.training.settings import Settings
-from mpidl.training.strategies import Way
+from mpidl.training.strategies import Strategy
 
 
 @dataclass(frozen=True)
-class Subject:
+class Snapshot:
     """What is saved: one rank's run under way."""
 
     settings: Settings
@@ -30,7 +30,7 @@ class Subject:
     comm: Communicator
     checkpoints: Path
     model: torch.nn.Module
-    way: Way
+    way: Strategy
     scheduler: LRScheduler | None
     recorder: Recorder
     resumed: int  # how often this run has gone on after a stop

@@ -42,7 +42,7 @@ class Shared:
     sums: torch.Tensor | None = None  # flat, what lies beside the center, if anything does
 
 
-class Way(Protocol):
+class Strategy(Protocol):
     """What the loop needs to know of a distributed optimiser."""
 
     optimizer: Any
@@ -79,7 +79,7 @@ class Way(Protocol):
         """Returns what the summary says of communication and staleness; a collective, after `finish()`."""
 
 
-class SynchronousWay:
+class SynchronousStrategy:
     """All ranks take the same step: figures are reduced over the ranks, any rank's model is everybody's."""
 
     def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
@@ -138,7 +138,7 @@ class SynchronousWay:
         return {"seconds_communicating": communicating / self._comm.size, "bytes": int(nbytes)}
 
 
-class PeriodicWay(SynchronousWay):
+class PeriodicStrategy(SynchronousStrategy):
     """All ranks keep pace, but between rounds each has parameters of its own: what is saved of all is their average."""
 
     def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
@@ -174,7 +174,7 @@ class PeriodicWay(SynchronousWay):
         self.optimizer.restore_own_state({k: v.numpy() for k, v in saved.items() if k != "optimizer"})
 
 
-class AsynchronousWay:
+class AsynchronousStrategy:
     """Workers go at their own pace: each records for itself, and what is saved is the center variable."""
 
     def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
@@ -277,7 +277,9 @@ def _percentile(histogram: Mapping[int, int], share: float) -> int:
     return 0
 
 
-def new_way(settings: Settings, optimizer: torch.optim.Optimizer, model: torch.nn.Module, comm: Communicator) -> Way:
+def new_strategy(
+    settings: Settings, optimizer: torch.optim.Optimizer, model: torch.nn.Module, comm: Communicator
+) -> Strategy:
     """Wraps the job's optimiser as the settings ask; a collective, as the constructors are.
 
     Raises:
@@ -289,5 +291,11 @@ def new_way(settings: Settings, optimizer: torch.optim.Optimizer, model: torch.n
     except (ArgumentError, DtypeError, SharedMemoryError) as error:  # alike on every rank
         where = "--shard" if settings.shard else f"--algorithm {settings.algorithm}"
         raise RefusedError(f"{where}: {error}") from error
-    way = PeriodicWay if algorithm.periodic else SynchronousWay if algorithm.synchronous else AsynchronousWay
+    way = (
+        PeriodicStrategy
+        if algorithm.periodic
+        else SynchronousStrategy
+        if algorithm.synchronous
+        else AsynchronousStrategy
+    )
     return way(made, model, comm)

@@ -13,7 +13,7 @@ import mpidl
 from mpidl.cli.bench import allreduce, memory, parameter_server, targets, training
 from mpidl.cli.bench.harness import Case, Contender, Plan, measure
 from mpidl.cli.bench.ranks import Together
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 from mpidl.synchronous.reduction.bucket import BucketMemory
 
 RANKS = (2,)
@@ -84,13 +84,13 @@ def test_no_commit_is_missing(ranks: Together) -> None:
 
 
 def test_a_lost_commit_is_found(ranks: Together, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit, calls = Server.commit_and_pull, []
+    commit, calls = Center.commit_and_pull, []
 
-    def lossy(self: Server, delta: Any, *rest: Any, **more: Any) -> Any:
+    def lossy(self: Center, delta: Any, *rest: Any, **more: Any) -> Any:
         calls.append(1)
         return commit(self, delta if len(calls) != 2 or ranks.rank else np.zeros_like(delta), *rest, **more)
 
-    monkeypatch.setattr(Server, "commit_and_pull", lossy)
+    monkeypatch.setattr(Center, "commit_and_pull", lossy)
     assert "miss a commit" in complaints(ranks, parameter_server, at=1)[targets.SERVER]
 
 

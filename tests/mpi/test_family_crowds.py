@@ -13,7 +13,7 @@ import pytest
 from family_helpers import Bowl, center_of, one_step, sgd
 
 import mpidl
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 
 WITH_OTHERS = True
 SIZES = (1,)
@@ -135,7 +135,7 @@ def test_a_straggler_is_stale_for_all_and_the_mean_stays(comm):
 def test_commits_below_half_an_ulp_are_lost_in_float32_and_kept_in_float64(comm, dtype, kept):
     """The center is float64 where a parameter is: what a crowd of small commits needs, late in training."""
     ranks = comm.topology.duplicate("ranks of a sum")
-    server = Server(ranks, np.ones(4, dtype), "small commits")
+    server = Center(ranks, np.ones(4, dtype), "small commits")
     for _ in range(1000):
         server.commit(np.full(4, 5e-8, dtype))
     pulled = np.empty(4, dtype)

@@ -14,7 +14,7 @@ from family_helpers import Bowl, center_of, in_turns, one_step, sgd, weight
 
 import mpidl
 from mpidl.parameter_server import gem
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 
 WITH_OTHERS = True
 
@@ -81,7 +81,7 @@ def test_an_elastic_exchange_that_is_not_one_step_diverges(world_comm, monkeypat
         return ended(comm, optimizer)
 
     assert together() < 1
-    monkeypatch.setattr(Server, "exchange", apart)
+    monkeypatch.setattr(Center, "exchange", apart)
     assert together() > 100
 
 

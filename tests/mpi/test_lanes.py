@@ -18,7 +18,7 @@ import torch
 import mpidl
 from mpidl.arrays import view
 from mpidl.arrays.packing import Table
-from mpidl.collectives import Collectives, Source, cost_model
+from mpidl.collectives import Collectives, GatherList, cost_model
 from mpidl.collectives.lanes import pipeline as lanes_module
 from mpidl.collectives.lanes import transport
 from mpidl.mpi import exit_protocol
@@ -180,7 +180,7 @@ def test_scattered_gradients(comm: mpidl.Communicator, algorithm: str, wire_dtyp
     )
     ranks = Collectives(comm.topology, wire_dtype=wire_dtype)
     out = np.empty(sum(counts), np.float32)
-    source = Source(Table(counts, offsets), addresses, "float32", 1.0, parts)
+    source = GatherList(Table(counts, offsets), addresses, "float32", 1.0, parts)
     request = ranks.start_gathered_sum((1, 2), source, view.view(out), 1)
     while not request.tried():
         pass

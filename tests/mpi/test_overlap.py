@@ -15,7 +15,7 @@ from training_helpers import batch, loss_of, mlp
 import mpidl
 from mpidl.errors import ArgumentError, ClosedError
 from mpidl.optim import flat
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 
 WITH_OTHERS = True
 SIZES = (1, 4, (2, 1))
@@ -26,7 +26,7 @@ def landed(optimizer):
     """Waits for the thread, and lets what it has fetched lie."""
     under_way = optimizer._under_way
     if under_way is not None:
-        getattr(under_way, "errand", under_way).wait(lambda: None)
+        getattr(under_way, "future", under_way).wait(lambda: None)
 
 
 def in_turns(comm, model, optimizer, steps):
@@ -182,13 +182,13 @@ def test_no_commit_is_lost_or_doubled(comm, name):
 
 def test_time_is_hidden_and_counted_only_where_it_is_not(comm, monkeypatch):
     """An exchange that takes 100 ms, a step that takes 200: together 200, of which the worker waits for none."""
-    slow = Server.commit_and_pull
+    slow = Center.commit_and_pull
 
     def slower(*args, **given):
         time.sleep(0.1)
         return slow(*args, **given)
 
-    monkeypatch.setattr(Server, "commit_and_pull", slower)
+    monkeypatch.setattr(Center, "commit_and_pull", slower)
     spent, waited = [], []
     for overlap in (0, 1):
         model = Slope(comm.rank)
@@ -254,7 +254,7 @@ def test_what_the_thread_meets_reaches_who_waits_for_it(comm, monkeypatch):
         def fails(*_, **__):
             raise mpidl.RankFailedError("planted reason")
 
-        patched.setattr(Server, "commit_and_pull", fails)
+        patched.setattr(Center, "commit_and_pull", fails)
         one_step(model, optimizer)  # begins it
         with pytest.raises(mpidl.RankFailedError, match="planted reason"):
             one_step(model, optimizer)
@@ -289,7 +289,7 @@ def test_parameters_with_gaps_move_as_others_do(comm):
 @pytest.mark.parametrize("ends_meanwhile", [False, True])
 def test_a_wait_that_is_broken_off_commits_nothing_twice(comm, monkeypatch, ends_meanwhile):
     """Ctrl-C while the thread is at it: its window has been committed all the same when it ends."""
-    model, slow = Slope(comm.rank), Server.commit_and_pull
+    model, slow = Slope(comm.rank), Center.commit_and_pull
 
     def slower(*args, **given):
         time.sleep(0.3)
@@ -297,12 +297,12 @@ def test_a_wait_that_is_broken_off_commits_nothing_twice(comm, monkeypatch, ends
 
     def interrupted():
         if ends_meanwhile:
-            optimizer._under_way.errand.wait(lambda: None)
+            optimizer._under_way.future.wait(lambda: None)
         raise KeyboardInterrupt
 
     optimizer = mpidl.Downpour(sgd(model, 1.0), model, communication_window=1, overlap=1, comm=comm)
     with monkeypatch.context() as patched:
-        patched.setattr(Server, "commit_and_pull", slower)
+        patched.setattr(Center, "commit_and_pull", slower)
         one_step(model, optimizer)
         patched.setattr(optimizer._server, "look", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -314,7 +314,7 @@ def test_a_wait_that_is_broken_off_commits_nothing_twice(comm, monkeypatch, ends
     assert np.array_equal(weight(model), -np.arange(ELEMENTS) * steps)
     assert optimizer.statistics.commits == 2
     with pytest.raises(ClosedError, match="its thread has ended"):
-        optimizer._errands.start(lambda: None)
+        optimizer._executor.start(lambda: None)
 
 
 @pytest.mark.parametrize("name", BESIDE)

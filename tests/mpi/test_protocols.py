@@ -11,12 +11,12 @@ import pytest
 
 from mpidl.errors import ArgumentError, ClosedError
 from mpidl.mpi import exit_protocol
-from mpidl.one_sided.active_message import AFTER, AHEAD, HEADER, PIECE, READ, Letter
-from mpidl.one_sided.message_server import Post
+from mpidl.one_sided.active_message import AFTER, AHEAD, HEADER, PIECE, READ, ActiveMessage
+from mpidl.one_sided.message_server import MessageServer
 from mpidl.one_sided.window import Plan
 from mpidl.parameter_server.center import center as servers
 from mpidl.parameter_server.center import protocol
-from mpidl.parameter_server.center.center import Beside, Server
+from mpidl.parameter_server.center.center import Beside, Center
 from mpidl.parameter_server.center.progress_thread import Progress
 
 WITH_OTHERS = True
@@ -72,14 +72,14 @@ def test_between_nodes_the_slowest_rank_of_a_trial_decides_for_all(far_ranks, mo
 
 
 def test_a_protocol_whose_first_exchange_is_hopeless_is_not_tried_again(ranks, monkeypatch):
-    slow, calls = Server.commit_and_pull, []
+    slow, calls = Center.commit_and_pull, []
 
     def slower(*args, **given):
         calls.append(args)
         time.sleep(0.05 * (ranks.rank == 0))
         return slow(*args, **given)
 
-    monkeypatch.setattr(Server, "commit_and_pull", slower)
+    monkeypatch.setattr(Center, "commit_and_pull", slower)
     assert servers._trial(ranks, None, "rma", 0.01) > 0
     assert len(calls) == 1  # on every rank
     servers._trial(ranks, None, "rma", 60.0)
@@ -92,12 +92,12 @@ def test_a_center_on_two_nodes_is_tried_chosen_and_exact(far_ranks, monkeypatch)
     if ranks.size == 1:
         pytest.skip("one rank is on one node")
     monkeypatch.setattr(exit_protocol, "say", lambda _: None)
-    chosen = Server(ranks, np.zeros(10), "test")
+    chosen = Center(ranks, np.zeros(10), "test")
     assert chosen.protocol in ("mail", "rma")
     found = ranks.gather_words(np.array([chosen.protocol == "mail"], np.int64), "test")
     assert len(set(found.ravel())) == 1
     chosen.close()
-    server = Server(ranks, np.arange(float(count)), "test", beside=Beside(sums=True), protocol="mail")
+    server = Center(ranks, np.arange(float(count)), "test", beside=Beside(sums=True), protocol="mail")
     out, mine = np.empty(count), np.arange(count) % 7 * (ranks.rank + 1.0)
     for _ in range(5):
         server.commit_and_pull(mine, out)
@@ -116,7 +116,7 @@ def test_a_saved_center_comes_back_element_by_element(ranks):
     count = 2_000_003
     residual = np.zeros(count)
     residual[::7001] = 1 + np.arange(residual[::7001].size)
-    server = Server(ranks, np.ones(count), "test", protocol="mail")
+    server = Center(ranks, np.ones(count), "test", protocol="mail")
     if ranks.rank == 0:
         server.restore(17, residual)
     ranks.barrier("test")
@@ -137,7 +137,7 @@ def test_long_runs_of_one_shard_come_back_in_their_places(ranks, request, far):
     residual = 1 + np.arange(float(ranks.size * shard))
     for rank in range(ranks.size):
         residual[rank * shard + long : (rank + 1) * shard - long] = 0
-    server = Server(ranks, np.ones(residual.size), "test", protocol="mail")
+    server = Center(ranks, np.ones(residual.size), "test", protocol="mail")
     if ranks.rank == 0:
         server.restore(1, residual)
     ranks.barrier("test")
@@ -151,7 +151,7 @@ def test_long_runs_of_one_shard_come_back_in_their_places(ranks, request, far):
 def test_an_exchange_given_up_half_way_lets_no_other_follow(comm, monkeypatch):
     ranks = comm.topology.duplicate("test of letters given up")
     monkeypatch.setenv(protocol.SWITCH, "mail")
-    server = Server(ranks, np.zeros(10), "test")
+    server = Center(ranks, np.zeros(10), "test")
     letters = server._post.ranks.channel
     monkeypatch.setattr(letters, "given_up", "an exchange was given up half-way")
     with pytest.raises(ClosedError, match="the center takes no further calls: an exchange was given up half-way"):
@@ -165,11 +165,11 @@ def test_a_helper_that_waits_for_a_dead_rank_s_lock_can_be_ended(ranks, monkeypa
     """Every rank writes to itself; of its memory the first block is held by a process that will not come back."""
     monkeypatch.setattr(exit_protocol, "opened", lambda _: None)
     blocks = Plan("a variable", "float64", (8,) * ranks.size, mailed=(8,) * ranks.size, alone=True).make(ranks)
-    post = Post(ranks, [blocks], "test", lambda: None)
+    post = MessageServer(ranks, [blocks], "test", lambda: None)
     helper = Progress(ranks, "test", post)
     lock = ctypes.c_uint32.from_address(blocks._center.memory)
     lock.value = 4711
-    letter = Letter(post.ranks, ranks.rank, np.array([(0, READ, AFTER, 0, 8, 1.0)], HEADER), None, np.empty(8))
+    letter = ActiveMessage(post.ranks, ranks.rank, np.array([(0, READ, AFTER, 0, 8, 1.0)], HEADER), None, np.empty(8))
     while not post._letters:
         letter.advance()
         time.sleep(0.001)

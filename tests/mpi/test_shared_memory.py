@@ -16,7 +16,7 @@ from known import named_segments
 import mpidl
 from mpidl.arrays import view
 from mpidl.arrays.packing import Table
-from mpidl.collectives import Call, Driven, Source, dispatch, operations
+from mpidl.collectives import Call, GatherList, RunningTask, dispatch, operations
 from mpidl.mpi import shared_memory
 
 WITH_OTHERS = True
@@ -42,7 +42,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def done(steps: Any) -> None:
-    driven = Driven(steps)
+    driven = RunningTask(steps)
     while not driven.tried():
         pass
 
@@ -117,7 +117,7 @@ def test_scattered_input_is_scaled_cast_and_added(comm: mpidl.Communicator, cut:
     for ranks in (*(cut(comm, piece) for piece in PIECES), cut(comm, 64, 1 << 16)):
         addresses = [one.data_ptr() for one in mine]
         addresses[(2 + comm.rank) % 4] = 0
-        source = Source(Table(counts, offsets), addresses, dtype, float(comm.rank + 1), mine)
+        source = GatherList(Table(counts, offsets), addresses, dtype, float(comm.rank + 1), mine)
         receive = view.empty_flat(sum(counts), wide)
         request = ranks.start_gathered_sum((1, 2), source, receive, 2)
         while not request.tried():
@@ -131,7 +131,7 @@ def test_what_is_not_finite_is_seen_by_the_rank_that_brought_it(comm: mpidl.Comm
         mine = torch.ones(500, dtype=getattr(torch, dtype))
         if comm.rank == 1:
             mine[321] = worst
-        source = Source(Table((500,), (0,)), [mine.data_ptr()], dtype, 1.0, mine)
+        source = GatherList(Table((500,), (0,)), [mine.data_ptr()], dtype, 1.0, mine)
         request = cut(comm, 64).start_gathered_sum((1, 2), source, view.empty_flat(500, dtype), 1)
         while not request.tried():
             pass

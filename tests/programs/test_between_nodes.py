@@ -29,10 +29,10 @@ OUTSIDE_MPI = """
 import sys, time
 from pathlib import Path
 import numpy as np, mpidl
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 comm, done = mpidl.world(servers=int(sys.argv[1])), Path(sys.argv[2])
 assert comm.nodes == comm.size
-server = Server(comm.topology, np.zeros(1000), "planted", comm.service, protocol=sys.argv[3] or None)
+server = Center(comm.topology, np.zeros(1000), "planted", comm.service, protocol=sys.argv[3] or None)
 comm.barrier()
 deadline = time.monotonic() + 30
 if comm.rank == 0:
@@ -123,10 +123,10 @@ import mpi4py
 mpi4py.rc.thread_level = "serialized"
 from mpi4py import MPI
 import threading, numpy as np, mpidl
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 comm = mpidl.world()
 for _ in range(2):
-    server = Server(comm.topology, np.zeros(1000), "planted")
+    server = Center(comm.topology, np.zeros(1000), "planted")
     assert threading.active_count() == 1
     server.close()
 """
@@ -140,9 +140,9 @@ def test_without_threads_in_mpi_there_is_no_helper_and_it_is_said_once(tmp_path:
 
 FAILS = """
 import sys, time, numpy as np, mpidl
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 comm = mpidl.world()
-server = Server(comm.topology, np.zeros(1000), "planted")
+server = Center(comm.topology, np.zeros(1000), "planted")
 assert server._progress is not None
 comm.barrier()
 print(f"leaving at {time.time():.2f}", flush=True)

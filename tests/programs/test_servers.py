@@ -161,13 +161,13 @@ def test_a_server_that_dies_ends_the_workers(name: str, reason: str) -> None:
 
 STOPPED_SERVER = """
 import os, signal, time, numpy as np, mpidl
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 comm = mpidl.world(servers=1)
 if comm.rank == 0:
     os.kill(comm.service.whole.placement.processes[2].pid, signal.SIGSTOP)
 comm.barrier()
 try:
-    Server(comm.topology, np.zeros(3), "planted", comm.service)
+    Center(comm.topology, np.zeros(3), "planted", comm.service)
 except mpidl.StalledError as error:
     print(f"rank {comm.rank} got: {error}", flush=True)
     time.sleep(0.5)

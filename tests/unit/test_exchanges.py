@@ -14,7 +14,7 @@ import pytest
 
 from mpidl.collectives.lanes import direct, halving_doubling, transport
 from mpidl.collectives.lanes.transport import Exchange, Scratch, Wire, cut
-from mpidl.collectives.tasks import Driven, Steps
+from mpidl.collectives.tasks import RunningTask, Task
 
 ALGORITHMS: dict[str, Exchange] = {"direct": direct, "halving_doubling": halving_doubling}
 COUNTS = (0, 1, 15, 16, 100, 1000)
@@ -79,16 +79,16 @@ def scattered(
     copies = [x.copy() for x in values]
     out = [np.empty(x.size // len(values), x.dtype) for x in values]
 
-    def run(wire: Wire) -> Steps:
+    def run(wire: Wire) -> Task:
         return ALGORITHMS[algorithm].reduce_scatter(wire, copies[wire.place], out[wire.place], op, divisor)
 
     return in_all_places(len(values), run, wire_dtype), out
 
 
-def in_all_places(size: int, run: Callable[[Wire], Steps], wire_dtype: str = "") -> Network:
+def in_all_places(size: int, run: Callable[[Wire], Task], wire_dtype: str = "") -> Network:
     dice, network = random.Random(size), Network(size)
     ends = [Wire(end, range(size), Scratch(), 1, wire_dtype) for end in network.ends]  # type: ignore[arg-type]
-    runs = [Driven(run(wire)) for wire in ends]
+    runs = [RunningTask(run(wire)) for wire in ends]
     for _ in range(10_000):
         left = [run for run in runs if not run.Test()]
         if not left:

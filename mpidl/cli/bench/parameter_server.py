@@ -16,7 +16,7 @@ from mpidl.cli.bench.harness import Case, Contender, Field
 from mpidl.cli.bench.ranks import Together
 from mpidl.collectives.communicator import Communicator
 from mpidl.mpi import runtime
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 from mpidl.parameter_server.center.sharding import shard
 from mpidl.parameter_server.downpour import Downpour
 
@@ -60,14 +60,14 @@ def _contenders(ranks: Together, workers: int, master: bool, count: int) -> Iter
 
 
 class _Server(Way):
-    """What `Server` does for every algorithm."""
+    """What `Center` does for every algorithm."""
 
     name = targets.SERVER
 
     def __init__(self, workers: Together, count: int, first: int) -> None:
         super().__init__(workers, count, first)
         self._pulled: NDArray[np.float32] = np.zeros_like(self._moved)
-        self.server = Server(workers.comm.topology, np.zeros(count, np.float32), "mpidl bench")
+        self.server = Center(workers.comm.topology, np.zeros(count, np.float32), "mpidl bench")
 
     def exchange(self) -> None:
         self.server.commit_and_pull(self._moved, self._pulled, scale=SCALE)

@@ -18,7 +18,7 @@ from mpidl.collectives.lanes import pipeline as by_lanes
 from mpidl.collectives.lanes.pipeline import AHEAD, Laned, Lanes, NodeJob, Nothing
 from mpidl.collectives.lanes.transport import Values
 from mpidl.collectives.node import Part
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 
 _LINE = 64  # bytes
 
@@ -83,7 +83,7 @@ class Allgather(Laned):
         start, end = self._regions[self._own]
         return self._node.allgather(self._gathering.words, self._gathering.send, view.view(self._flat[start:end]))
 
-    def _exchange(self, index: int) -> Steps:
+    def _exchange(self, index: int) -> Task:
         wire = self._lanes.wire(index % AHEAD)
         blocks = [self._slice(self._part(node, index)) for node in range(len(self._regions))]
         yield from direct.allgather_blocks(wire, blocks)

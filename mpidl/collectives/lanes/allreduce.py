@@ -8,12 +8,12 @@ import numpy as np
 
 from mpidl.arrays import view
 from mpidl.arrays.view import ArrayView
-from mpidl.collectives.gather_list import Source
+from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.lanes import pipeline as by_lanes
 from mpidl.collectives.lanes.pipeline import AHEAD, Laned, Lanes, NodeJob
 from mpidl.collectives.lanes.transport import Exchange, Values
 from mpidl.collectives.node import Part
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Reduction:
     """
 
     words: tuple[int, int]
-    send: ArrayView | Source
+    send: ArrayView | GatherList
     receive: ArrayView
     op: str
     divisor: float
@@ -79,7 +79,7 @@ class Allreduce(Laned):
         words = (what.words[0], what.words[1] + 2 * index)
         return self._node.reduce_scatter_part(words, what.send, self._parts[index], mine, what.op)
 
-    def _exchange(self, index: int) -> Steps:
+    def _exchange(self, index: int) -> Task:
         what, wire = self._reduction, self._lanes.wire(index % AHEAD, self._reduction.wire_dtype)
         yield from what.exchange.allreduce(wire, self._slice(index), what.op, what.divisor)
         wire.end()

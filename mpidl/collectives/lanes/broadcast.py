@@ -16,7 +16,7 @@ from mpidl.collectives.lanes import pipeline as by_lanes
 from mpidl.collectives.lanes.pipeline import AHEAD, Laned, Lanes, NodeJob, Nothing
 from mpidl.collectives.lanes.transport import Values
 from mpidl.collectives.node import Part
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 
 _LINE = 64  # bytes
 
@@ -80,7 +80,7 @@ class LanedBroadcast(Laned):
         whole = view.view(self._flat[start : start + count])
         return self._node.broadcast(self._words(index), whole, self._root_place)
 
-    def _exchange(self, index: int) -> Steps:
+    def _exchange(self, index: int) -> Task:
         wire = self._lanes.wire(index % AHEAD)
         yield from direct.broadcast(wire, self._slice(index), self._root_node)
         wire.end()

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpidl.collectives.lanes.transport import Values, Wire, cut
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 
 
-def allreduce(wire: Wire, values: Values, op: str, divisor: float) -> Steps:
+def allreduce(wire: Wire, values: Values, op: str, divisor: float) -> Task:
     """Reduces `values` in place over all places, in their order; the same bits arrive everywhere."""
     blocks = cut(values, wire.size)
     yield from _reduce_scatter(wire, blocks, blocks[wire.place], op, divisor)
@@ -20,7 +20,7 @@ def allreduce(wire: Wire, values: Values, op: str, divisor: float) -> Steps:
     yield from allgather_blocks(wire, blocks)
 
 
-def reduce_scatter(wire: Wire, values: Values, out: Values, op: str, divisor: float) -> Steps:
+def reduce_scatter(wire: Wire, values: Values, out: Values, op: str, divisor: float) -> Task:
     """Reduces `values`, a block as long as `out` for each place, in their order; writes this one's block to `out`.
 
     `out` lies apart; what is in `values` afterwards is of no use.
@@ -28,12 +28,12 @@ def reduce_scatter(wire: Wire, values: Values, out: Values, op: str, divisor: fl
     yield from _reduce_scatter(wire, _equal_blocks(wire, values), out, op, divisor)
 
 
-def allgather(wire: Wire, values: Values) -> Steps:
+def allgather(wire: Wire, values: Values) -> Task:
     """Collects blocks of one length, of which this place's is in `values` already, in the order of places."""
     yield from allgather_blocks(wire, _equal_blocks(wire, values))
 
 
-def allgather_blocks(wire: Wire, blocks: Sequence[Values]) -> Steps:
+def allgather_blocks(wire: Wire, blocks: Sequence[Values]) -> Task:
     """As `allgather`, of blocks of any lengths, wherever they lie."""
     received = [wire.receive(place, blocks[place]) for place in wire.others]
     sent = [wire.send(place, blocks[wire.place]) for place in wire.others]
@@ -41,7 +41,7 @@ def allgather_blocks(wire: Wire, blocks: Sequence[Values]) -> Steps:
     yield from sent
 
 
-def broadcast(wire: Wire, values: Values, root: int) -> Steps:
+def broadcast(wire: Wire, values: Values, root: int) -> Task:
     """Brings root's `values` to all places: each gets a block from there, and sends it to the others."""
     blocks = cut(values, wire.size)
     others = [place for place in wire.others if place != root]
@@ -57,7 +57,7 @@ def broadcast(wire: Wire, values: Values, root: int) -> Steps:
     yield from sent
 
 
-def _reduce_scatter(wire: Wire, blocks: Sequence[Values], out: Values, op: str, divisor: float) -> Steps:
+def _reduce_scatter(wire: Wire, blocks: Sequence[Values], out: Values, op: str, divisor: float) -> Task:
     mine = blocks[wire.place]
     sources = [mine if place == wire.place else wire.temporary(mine.size, mine.dtype) for place in range(wire.size)]
     received = [wire.receive(place, sources[place]) for place in wire.others]

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import numpy as np
 
 from mpidl.collectives.lanes.transport import Values, Wire, cut
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 
 _Runs = Callable[[int, int], list[Values]]  # what belongs to the core's places from one to another, in pieces
 
 
-def allreduce(wire: Wire, values: Values, op: str, divisor: float) -> Steps:
+def allreduce(wire: Wire, values: Values, op: str, divisor: float) -> Task:
     """Reduces `values` in place over all places, in an order fixed by their number; the same bits arrive everywhere."""
     core = _core(wire)
     if wire.place >= core:
@@ -34,7 +34,7 @@ def allreduce(wire: Wire, values: Values, op: str, divisor: float) -> Steps:
         yield wire.send(wire.place + core, values)
 
 
-def reduce_scatter(wire: Wire, values: Values, out: Values, op: str, divisor: float) -> Steps:
+def reduce_scatter(wire: Wire, values: Values, out: Values, op: str, divisor: float) -> Task:
     """Reduces `values`, a block as long as `out` for each place, in `allreduce`'s order; writes this one's to `out`.
 
     `out` lies apart; what is in `values` afterwards is of no use.
@@ -52,7 +52,7 @@ def reduce_scatter(wire: Wire, values: Values, out: Values, op: str, divisor: fl
         yield wire.send(wire.place + core, theirs.view(np.uint8))  # results travel as they are
 
 
-def allgather(wire: Wire, values: Values) -> Steps:
+def allgather(wire: Wire, values: Values) -> Task:
     """Collects blocks of one length, of which this place's is in `values` already, in the order of places."""
     core, share = _core(wire), values.size // wire.size
     if wire.place >= core:
@@ -81,7 +81,7 @@ def _runs(values: Values, share: int, core: int) -> _Runs:
     return runs
 
 
-def _take_in(wire: Wire, values: Values, core: int, op: str) -> Steps:
+def _take_in(wire: Wire, values: Values, core: int, op: str) -> Task:
     """Adds what the partner beyond the core has."""
     partner = wire.place + core
     if partner < wire.size:
@@ -90,7 +90,7 @@ def _take_in(wire: Wire, values: Values, core: int, op: str) -> Steps:
         wire.reduce([values, theirs], values, op)
 
 
-def _halve(wire: Wire, runs: _Runs, core: int, op: str, divisor: float) -> Steps:
+def _halve(wire: Wire, runs: _Runs, core: int, op: str, divisor: float) -> Task:
     """Reduces over the core's places; each ends with what belongs to it."""
     first, distance = 0, core // 2
     while distance:
@@ -107,7 +107,7 @@ def _halve(wire: Wire, runs: _Runs, core: int, op: str, divisor: float) -> Steps
         first, distance = mine, distance // 2
 
 
-def _double(wire: Wire, runs: _Runs, core: int) -> Steps:
+def _double(wire: Wire, runs: _Runs, core: int) -> Task:
     """The reverse of the movements of `_halve`."""
     distance = 1
     while distance < core:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from mpidl.collectives.lanes.transport import Scratch, Wire
 from mpidl.collectives.node import Node
-from mpidl.collectives.tasks import Driven, Steps
+from mpidl.collectives.tasks import RunningTask, Task
 from mpidl.errors import MismatchError
 from mpidl.mpi.topology import Topology
 
@@ -130,7 +130,7 @@ class Laned(ABC):
         self._lanes, self._segments = lanes, segments
         self._begun = self.done = False
         self._before: list[NodeJob] = []
-        self._exchanged: list[Driven] = []
+        self._exchanged: list[RunningTask] = []
         self._after: list[NodeJob] = []
         self._finished = 0  # segments of which the jobs after were started
 
@@ -143,7 +143,7 @@ class Laned(ABC):
         """Starts what the node does with a segment before its exchange."""
 
     @abstractmethod
-    def _exchange(self, index: int) -> Steps:
+    def _exchange(self, index: int) -> Task:
         """Exchanges a segment's slice; only where this rank leads one."""
 
     @abstractmethod
@@ -209,7 +209,7 @@ class Laned(ABC):
                 break
             self._check(following)
             number = len(self._exchanged)
-            self._exchanged.append(Driven(self._exchange(number) if self._lanes.leads else _nothing()))
+            self._exchanged.append(RunningTask(self._exchange(number) if self._lanes.leads else _nothing()))
             self._exchanged[-1].Test()
         return len(self._exchanged) > index and self._exchanged[index].Test()
 
@@ -219,6 +219,6 @@ class Laned(ABC):
             raise MismatchError(f"ranks of a node came to different parts of {self.what}; this is a fault of mpidl's")
 
 
-def _nothing() -> Steps:
-    """Steps of which there are none."""
+def _nothing() -> Task:
+    """Task of which there are none."""
     yield from ()

@@ -17,11 +17,11 @@ import numpy as np
 from mpidl.arrays import view
 from mpidl.arrays.packing import Table
 from mpidl.arrays.view import ArrayView
-from mpidl.collectives.gather_list import Cut, Source, cut
+from mpidl.collectives.gather_list import Cut, GatherList, cut
 from mpidl.collectives.lanes import pipeline as by_lanes
 from mpidl.collectives.lanes.pipeline import AHEAD, Laned, Lanes, NodeJob
 from mpidl.collectives.lanes.transport import Exchange, Values
-from mpidl.collectives.tasks import Steps
+from mpidl.collectives.tasks import Task
 
 _LINE = 16  # elements
 
@@ -74,7 +74,7 @@ class Scattering:
     """
 
     words: tuple[int, int]
-    source: Source
+    source: GatherList
     strips: Strips
     receive: ArrayView
     op: str
@@ -97,7 +97,7 @@ class ReduceScatter(Laned):
 
     def __init__(self, lanes: Lanes, what: Scattering) -> None:
         self._scattering = what
-        self._source: Source | None = what.source
+        self._source: GatherList | None = what.source
         self._slices: list[Values] = []
         super().__init__(lanes, len(what.strips.cuts))
 
@@ -125,7 +125,7 @@ class ReduceScatter(Laned):
         words = (what.words[0], what.words[1] + index)
         return self._lanes.node.reduce_scatter_table(words, source, out, 1.0, what.op)
 
-    def _exchange(self, index: int) -> Steps:
+    def _exchange(self, index: int) -> Task:
         what, wire = self._scattering, self._lanes.wire(index % AHEAD, self._scattering.wire_dtype)
         start, stop = what.strips.starts[index : index + 2]
         out = view.as_numpy(what.receive)[start:stop]
@@ -146,7 +146,7 @@ class _Gathered:
 
     differs = False
 
-    def __init__(self, source: Source, out: ArrayView) -> None:
+    def __init__(self, source: GatherList, out: ArrayView) -> None:
         started = time.perf_counter()
         self.finite = source.gather(out)
         self.seconds = time.perf_counter() - started, 0.0

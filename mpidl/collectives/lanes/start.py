@@ -11,7 +11,7 @@ from collections import Counter
 
 from mpidl.arrays.packing import Table
 from mpidl.arrays.view import ArrayView
-from mpidl.collectives.gather_list import Source
+from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.lanes import direct, halving_doubling
 from mpidl.collectives.lanes.allreduce import Reduction, allreduce
 from mpidl.collectives.lanes.pipeline import Laned, Lanes
@@ -38,14 +38,14 @@ def possible(topology: Topology, kind: str, memory: ArrayView, op: str) -> bool:
 
 def start(lanes: Lanes, kind: str, what: Reduction) -> Laned:
     """Starts an allreduce or a reduce_scatter of flat memory."""
-    if kind == "allreduce" or isinstance(what.send, Source):
+    if kind == "allreduce" or isinstance(what.send, GatherList):
         return allreduce(lanes, what)
     nodes, seen, places = lanes.topology.placement.nodes, Counter[int](), list[tuple[int, int]]()
     for rank, node in enumerate(nodes):
         places.append((seen[node], rank))
         seen[node] += 1
     blocks = [rank for _, rank in sorted(places)]  # block r is rank r's
-    source = Source(Table((what.send.count,), (0,)), [what.send.address], what.send.dtype, 1.0, what.send)
+    source = GatherList(Table((what.send.count,), (0,)), [what.send.address], what.send.dtype, 1.0, what.send)
     cut = strips(source.table, lanes, blocks, what.receive.count, what.receive.itemsize)
     rest = (what.receive, what.op, what.divisor, what.exchange)
     return reduce_scatter(lanes, Scattering(what.words, source, cut, *rest))

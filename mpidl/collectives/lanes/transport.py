@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpidl.collectives.tasks import Steps, Together
+from mpidl.collectives.tasks import Task, Together
 from mpidl.mpi.topology import Topology
 from mpidl.native import library, node
 
@@ -38,11 +38,11 @@ class Scratch:
 class Exchange(Protocol):
     """What an algorithm between nodes is; the modules `direct` and `halving_doubling` are. They say what each does."""
 
-    def allreduce(self, wire: Wire, values: Values, op: str, divisor: float) -> Steps: ...
+    def allreduce(self, wire: Wire, values: Values, op: str, divisor: float) -> Task: ...
 
-    def reduce_scatter(self, wire: Wire, values: Values, out: Values, op: str, divisor: float) -> Steps: ...
+    def reduce_scatter(self, wire: Wire, values: Values, out: Values, op: str, divisor: float) -> Task: ...
 
-    def allgather(self, wire: Wire, values: Values) -> Steps: ...
+    def allgather(self, wire: Wire, values: Values) -> Task: ...
 
 
 class Wire:

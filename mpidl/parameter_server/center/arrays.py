@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from mpidl.mpi.topology import Topology
 from mpidl.one_sided.window import Plan, Window
-from mpidl.parameter_server.center.node_array import SharedArray
+from mpidl.parameter_server.center.node_array import NodeArray
 from mpidl.parameter_server.center.protocol import MAIL, NODE
-from mpidl.parameter_server.center.remote_array import MailedArray
-from mpidl.parameter_server.center.rma_array import ShardedArray
+from mpidl.parameter_server.center.remote_array import RemoteArray
+from mpidl.parameter_server.center.rma_array import RMAArray
 from mpidl.parameter_server.center.sharding import Shard
 
 
@@ -20,7 +20,7 @@ def make(
     look: Callable[[], None],
     *,
     hosts: Sequence[int],
-) -> ShardedArray | SharedArray | MailedArray:
+) -> RMAArray | NodeArray | RemoteArray:
     """Makes what a plan says; a collective.
 
     Args:
@@ -32,7 +32,7 @@ def make(
     """
     made = plan.make(ranks)
     if isinstance(made, Window):
-        return ShardedArray(made, plan.dtype, order)
+        return RMAArray(made, plan.dtype, order)
     made.look = look
     if plan.mailed:
         places, filled = {}, dict.fromkeys(hosts, 0)
@@ -40,8 +40,8 @@ def make(
             places[owner] = filled[hosts[owner]]
             filled[hosts[owner]] += count
         here = frozenset(rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank])
-        return MailedArray(made, places=places, order=order, here=here, look=look)
-    return SharedArray(made, plan.dtype, order)
+        return RemoteArray(made, places=places, order=order, here=here, look=look)
+    return NodeArray(made, plan.dtype, order)
 
 
 def plan_of(name: str, dtype: str, shards: Sequence[Shard], protocol: str, hosts: Sequence[int]) -> Plan:

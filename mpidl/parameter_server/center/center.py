@@ -20,16 +20,16 @@ import numpy as np
 from mpidl.mpi import executor
 from mpidl.mpi.topology import Topology
 from mpidl.mpi.waiting import Lookout
-from mpidl.one_sided.dedicated_servers import Service
-from mpidl.one_sided.message_server import Post
+from mpidl.one_sided.dedicated_servers import DedicatedServers
+from mpidl.one_sided.message_server import MessageServer
 from mpidl.optim.flat import Few, Flat
 from mpidl.parameter_server.center import arrays
 from mpidl.parameter_server.center import protocol as protocols
 from mpidl.parameter_server.center.arrays import plan_of
 from mpidl.parameter_server.center.clock import Clock
-from mpidl.parameter_server.center.node_array import SharedArray
+from mpidl.parameter_server.center.node_array import NodeArray
 from mpidl.parameter_server.center.progress_thread import start_progress
-from mpidl.parameter_server.center.remote_array import MailedArray
+from mpidl.parameter_server.center.remote_array import RemoteArray
 from mpidl.parameter_server.center.sharding import shard
 from mpidl.parameter_server.center.ticket_lock import Locks
 
@@ -45,7 +45,7 @@ class Beside:
     sums: bool = False  # an array like the center, zeros at first, for `add_to_sums`
 
 
-class Server:
+class Center:
     """A flat variable in shards, which workers commit to and pull from; making it is a collective of the workers.
 
     Args:
@@ -63,7 +63,7 @@ class Server:
         ranks: Topology,
         initial: Flat,
         name: str,
-        service: Service | None = None,
+        service: DedicatedServers | None = None,
         beside: Beside = Beside(),
         *,
         protocol: str | None = None,
@@ -101,12 +101,12 @@ class Server:
         self._center.flush()
         ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
 
-    def _open_post(self) -> Post | None:
+    def _open_post(self) -> MessageServer | None:
         """Lets this rank answer letters, if some are written."""
-        mailed = [array for array in (self._center, self._sums) if isinstance(array, MailedArray)]
+        mailed = [array for array in (self._center, self._sums) if isinstance(array, RemoteArray)]
         if not mailed:
             return None
-        post = Post(self._ranks, [array.blocks for array in mailed], self._name, self.look)
+        post = MessageServer(self._ranks, [array.blocks for array in mailed], self._name, self.look)
         for number, array in enumerate(mailed):
             array.join(post, number)
         return post
@@ -114,7 +114,7 @@ class Server:
     @property
     def protocol(self) -> str:
         """Returns "node", "mail" or "rma"."""
-        kinds = {SharedArray: protocols.NODE, MailedArray: protocols.MAIL}
+        kinds = {NodeArray: protocols.NODE, RemoteArray: protocols.MAIL}
         return kinds.get(type(self._center), protocols.RMA)
 
     def commit(self, delta: Flat, short: Few | None = None, number: int | None = None) -> int:
@@ -219,10 +219,10 @@ class Server:
         """Looks for ranks that have died; between exchanges nothing else would tell.
 
         Raises:
-            HelpEndedError: on a thread for errands that is to end.
+            ExecutorEndedError: on an executor's thread that is to end.
             RankFailedError: a rank that holds a shard, or works, is gone.
         """
-        if not executor.under_way():  # who waits for an errand looks
+        if not executor.under_way():  # who waits for the future looks
             self._lookout.look(f"{self._name} cannot go on ({self._where})")
 
     def end_progress(self) -> None:
@@ -246,15 +246,15 @@ class Server:
             self._ranks.free()
 
 
-def _trial(ranks: Topology, service: Service | None, protocol: str, limit: float) -> float:
+def _trial(ranks: Topology, service: DedicatedServers | None, protocol: str, limit: float) -> float:
     """Returns the seconds of a commit and its pull of 1 MiB by all workers at once; a collective of them.
 
     Args:
-        ranks, service, protocol: as `Server`.
+        ranks, service, protocol: as `Center`.
         limit: seconds; a protocol whose first exchange takes longer on some rank is not tried again.
     """
     initial = np.zeros(1 << 18, np.float32)
-    server = Server(ranks, initial, "a trial", service, protocol=protocol)
+    server = Center(ranks, initial, "a trial", service, protocol=protocol)
     out, times = np.empty_like(initial), []
     for number in range(_TRIALS):
         ranks.barrier("a trial")

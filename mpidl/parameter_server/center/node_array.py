@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpidl.one_sided.locked_array import SharedBlocks
+from mpidl.one_sided.locked_array import LockedArray
 from mpidl.optim.flat import Few, Flat
 from mpidl.parameter_server.center.sharding import Shard, runs
 
 
-class SharedArray:
+class NodeArray:
     """The same in shared memory: all has taken effect when a call returns, and no block of it is seen half-changed."""
 
-    def __init__(self, blocks: SharedBlocks, dtype: str, order: Sequence[Shard]) -> None:
+    def __init__(self, blocks: LockedArray, dtype: str, order: Sequence[Shard]) -> None:
         self._blocks, self.dtype = blocks, dtype
         self._parts = [part for part in order if part.count]
 

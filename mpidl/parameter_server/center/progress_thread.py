@@ -13,10 +13,10 @@ from contextlib import suppress
 import numpy as np
 
 from mpidl.mpi import exit_protocol, runtime
-from mpidl.mpi.executor import HelpEndedError
+from mpidl.mpi.executor import ExecutorEndedError
 from mpidl.mpi.topology import Topology
 from mpidl.mpi.waiting import Attention
-from mpidl.one_sided.message_server import Post
+from mpidl.one_sided.message_server import MessageServer
 
 _TAG = 9  # nothing is sent by it
 _PAUSE = 1e-3  # seconds between two polls,
@@ -24,7 +24,7 @@ _SHORT_PAUSE = 5e-5  # and while others' data keep coming
 _said = False
 
 
-def start_progress(ranks: Topology, name: str, post: Post | None) -> Progress | None:
+def start_progress(ranks: Topology, name: str, post: MessageServer | None) -> Progress | None:
     """Starts the thread if some of `ranks` are on other nodes than this one, or write letters to it.
 
     MPI must allow several threads at once (THREAD_MULTIPLE); where it was started with less, rank 0 says so, once.
@@ -52,7 +52,7 @@ def start_progress(ranks: Topology, name: str, post: Post | None) -> Progress | 
 class Progress:
     """The thread of one center; it also ends when the main thread has ended, in whatever way."""
 
-    def __init__(self, ranks: Topology, name: str, post: Post | None) -> None:
+    def __init__(self, ranks: Topology, name: str, post: MessageServer | None) -> None:
         mpi = runtime.mpi()
         # A receive that nothing is ever sent to, tested again and again: an incomplete Test always drives all of MPI's
         # progress, in both MPIs. An Iprobe does not: over UCX Open MPI then looks after one-sided traffic every
@@ -75,7 +75,7 @@ class Progress:
             self._request = None
 
     def _poll(self) -> None:
-        with suppress(HelpEndedError):
+        with suppress(ExecutorEndedError):
             self._serve()
 
     def _serve(self) -> None:

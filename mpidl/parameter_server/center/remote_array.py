@@ -12,16 +12,16 @@ import numpy as np
 
 from mpidl.errors import ClosedError, RankFailedError
 from mpidl.mpi import exit_protocol
-from mpidl.one_sided.active_message import ADD, AFTER, BEFORE, HEADER, NOTHING, READ, REPLACE, Letter, wait
-from mpidl.one_sided.locked_array import SharedBlocks
-from mpidl.one_sided.message_server import Post
+from mpidl.one_sided.active_message import ADD, AFTER, BEFORE, HEADER, NOTHING, READ, REPLACE, ActiveMessage, wait
+from mpidl.one_sided.locked_array import LockedArray
+from mpidl.one_sided.message_server import MessageServer
 from mpidl.optim.flat import Few, Flat
 from mpidl.parameter_server.center.sharding import Shard, runs
 
 _MOST_RUNS = 32  # in one shard: beyond, all of it is sent
 
 
-class MailedArray:
+class RemoteArray:
     """Its operations are those of the others; all has taken effect when a call returns.
 
     Args:
@@ -34,7 +34,7 @@ class MailedArray:
 
     def __init__(
         self,
-        blocks: SharedBlocks,
+        blocks: LockedArray,
         *,
         places: dict[int, int],
         order: Sequence[Shard],
@@ -45,10 +45,10 @@ class MailedArray:
         self._parts = [part for part in order if part.count]
         self._here = here
         self.dtype = str(blocks.dtype)
-        self._post: Post
+        self._post: MessageServer
         self._number = 0
 
-    def join(self, post: Post, number: int) -> None:
+    def join(self, post: MessageServer, number: int) -> None:
         """Lets a post carry this array's letters, and answer the others' while this rank waits; before its first use.
 
         Args:
@@ -108,7 +108,7 @@ class MailedArray:
 
     def _one(
         self,
-        letters: list[Letter],
+        letters: list[ActiveMessage],
         kind: int,
         part: Shard,
         place: slice | None = None,
@@ -137,7 +137,7 @@ class MailedArray:
             return
         if part.owner not in self._here:
             header = np.array([(self._number, kind, answer, at, count, scale)], HEADER)
-            letters.append(Letter(self._post.ranks, part.owner, header, given, found))
+            letters.append(ActiveMessage(self._post.ranks, part.owner, header, given, found))
             return
         if kind == READ:
             self.blocks.read(at, found)
@@ -148,9 +148,9 @@ class MailedArray:
             self.blocks.add(at, given, scale, **read)
 
     @contextmanager
-    def _writing(self) -> Iterator[list[Letter]]:
+    def _writing(self) -> Iterator[list[ActiveMessage]]:
         """Collects letters and waits for them at the end; half-way out of it no further one can be written."""
-        letters, channel = list[Letter](), self._post.ranks.channel
+        letters, channel = list[ActiveMessage](), self._post.ranks.channel
         if channel.given_up is not None:
             if failed := exit_protocol.thread_failure():  # of the helper: it knows who died
                 raise RankFailedError(f"the center takes no further calls: {failed}")

@@ -13,7 +13,7 @@ from mpidl.optim.flat import Few, Flat
 from mpidl.parameter_server.center.sharding import Shard
 
 
-class ShardedArray:
+class RMAArray:
     """The center variable, or what a server keeps beside it, in a window; zeros at first."""
 
     def __init__(self, window: Window, dtype: str, order: Sequence[Shard]) -> None:

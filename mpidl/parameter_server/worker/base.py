@@ -21,10 +21,10 @@ from mpidl.mpi import exit_protocol
 from mpidl.optim import flat, validation
 from mpidl.optim.flat import Flat
 from mpidl.optim.flat_parameters import FlatParameters
-from mpidl.parameter_server.center.center import Beside, Server
+from mpidl.parameter_server.center.center import Beside, Center
 from mpidl.parameter_server.worker import replay
 from mpidl.parameter_server.worker.replay import Replay
-from mpidl.parameter_server.worker.ssp import Pace
+from mpidl.parameter_server.worker.ssp import SSP
 from mpidl.parameter_server.worker.statistics import Statistics
 
 
@@ -76,10 +76,10 @@ class Worker(FlatParameters):
         self.statistics = Statistics()
         self._lay_out()
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
-        self._server = Server(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
+        self._server = Center(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
         look = self._server.look
         self._replay = None if self._log is None else Replay(self._log, self._server.clock, self._ranks, look)
-        self._pace = Pace(self._server.clock, max_clock_spread, self._server.look)
+        self._pace = SSP(self._server.clock, max_clock_spread, self._server.look)
         self._clock = 0  # at the last pull
         self._steps = 0  # local steps since the last exchange
         self._last: tuple[int, Flat] | None = None  # clock and center at `finish()`

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpidl.collectives.communicator import Communicator
-from mpidl.mpi.executor import Errand, Errands
+from mpidl.mpi.executor import Executor, Future
 from mpidl.optim import flat, validation
 from mpidl.optim.flat import Few, Flat
 from mpidl.parameter_server.worker import overlap as overlapping
@@ -42,7 +42,7 @@ class _Sent:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    errand: Errand[_Sent]
+    future: Future[_Sent]
     window: _Window
     reached: Flat  # the parameters as they were when it began
 
@@ -86,7 +86,7 @@ class DeltaWorker(Worker):
             error=validation.whole("overlap", overlap, least=0),
             hyperparameters={"overlap": overlap},
         )
-        self._errands = Errands(type(self).__name__) if overlap else None
+        self._executor = Executor(type(self).__name__) if overlap else None
         self._under_way: _UnderWay | None = None
         self._sent: _Sent | None = None  # what it came to, not taken over yet
         self._base = self._clock  # what the number of the next commit is compared with
@@ -109,7 +109,7 @@ class DeltaWorker(Worker):
         super()._exchange_if_due()
 
     def _exchange(self) -> None:
-        if self._errands is None:
+        if self._executor is None:
             super()._exchange()
             return
         self._settle()
@@ -125,7 +125,7 @@ class DeltaWorker(Worker):
                 self._pull()
                 self.stopping = self._server.clock.stop_requested()
         else:
-            self._under_way = _UnderWay(self._errands.start(lambda: self._send_beside(window)), window, reached)
+            self._under_way = _UnderWay(self._executor.start(lambda: self._send_beside(window)), window, reached)
             self._base = self._clock + 1  # the center that the next steps know, and this commit of its own
         self.statistics.seconds_communicating += time.perf_counter() - started
 
@@ -141,9 +141,9 @@ class DeltaWorker(Worker):
             return
         started = time.perf_counter()
         try:
-            self._sent = done.errand.wait(self._server.look)
+            self._sent = done.future.wait(self._server.look)
         finally:
-            if done.errand.failed:  # one whose wait is broken off goes on
+            if done.future.failed:  # one whose wait is broken off goes on
                 self._under_way = None
         self._count_commit(self._sent.staleness, done.window.delta.nbytes + self._sent.pulled.nbytes)
         self.stopping = self._sent.stopping
@@ -221,6 +221,6 @@ class DeltaWorker(Worker):
         return _Sent(staleness, clock, pulled)
 
     def _end_threads(self) -> None:
-        if self._errands is not None:
-            self._errands.end()
+        if self._executor is not None:
+            self._executor.end()
         super()._end_threads()

@@ -12,7 +12,7 @@ from mpidl.mpi.waiting import Backoff
 from mpidl.parameter_server.center.clock import Clock
 
 
-class Pace:
+class SSP:
     """Keeps a worker at most `spread` exchanges ahead of the slowest one.
 
     After its commit a worker waits until the slowest has committed so often, less `spread`: it then reads a center that

@@ -17,10 +17,10 @@ import torch
 from mpidl.arrays import view
 from mpidl.arrays.layout import Bucket, Tensor, buckets
 from mpidl.arrays.packing import Table
-from mpidl.collectives import Collectives, Source
+from mpidl.collectives import Collectives, GatherList
 from mpidl.mpi import topology
 from mpidl.optim.state import Named, dtype_name, memory_order
-from mpidl.synchronous.reduction.result_buffer import LentMemory
+from mpidl.synchronous.reduction.result_buffer import ResultBuffer
 
 # MPI knows the memory of a running reduction by its address only: this keeps it alive, even if an interrupted backward
 # drops the optimizer and the model.
@@ -58,7 +58,7 @@ class BucketMemory:
         self._allocate(np.dtype("float64" if bucket.layout.dtype == "float64" else "float32"))
 
     def _allocate(self, dtype: np.dtype[Any]) -> None:
-        self._memory = LentMemory(self.bucket.layout.count, dtype)
+        self._memory = ResultBuffer(self.bucket.layout.count, dtype)
         self._receive = self._memory.now
         self._lends = dtype.name == self.bucket.layout.dtype
 
@@ -168,11 +168,11 @@ class BucketMemory:
         source = self._source(self.bucket.members)
         self._begin(ranks.start_gathered_sum(words, source, view.view(self._receive), total))
 
-    def _source(self, members: Sequence[int | None]) -> Source:
+    def _source(self, members: Sequence[int | None]) -> GatherList:
         """What is read: the gradients of `members`, in the table's order."""
         present = {i: self._in_order(i, g).contiguous() for i, g in self._gradients.items() if g is not None}
         addresses = [0 if index not in present else present[index].data_ptr() for index in members]
-        return Source(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
+        return GatherList(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
 
     def _begin(self, request: Any) -> None:
         self._request = self._last = request

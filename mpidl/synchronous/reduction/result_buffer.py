@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 
-class LentMemory:
+class ResultBuffer:
     """Flat memory, made anew where the last result is still in use.
 
     Args:

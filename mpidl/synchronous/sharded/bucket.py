@@ -17,7 +17,7 @@ from mpidl.arrays import view
 from mpidl.arrays.packing import Table
 from mpidl.collectives import Collectives, Shards
 from mpidl.synchronous.reduction.bucket import BucketMemory
-from mpidl.synchronous.sharded.partition import Blocks
+from mpidl.synchronous.sharded.partition import Partition
 from mpidl.synchronous.sharded.weights import Weights
 
 
@@ -30,7 +30,7 @@ class ShardedBucketMemory(BucketMemory):
         shards: among whom.
     """
 
-    def __init__(self, blocks: Blocks, weights: Weights, shards: Shards) -> None:
+    def __init__(self, blocks: Partition, weights: Weights, shards: Shards) -> None:
         self._blocks, self._shards, self._pieces = blocks, shards, weights.pieces
         self._segments = blocks.segments()
         super().__init__(blocks.bucket, weights.parameters)

@@ -24,7 +24,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Partition:
     """A bucket with slots at multiples of `LINE`, as `number` blocks of `size` elements each."""
 
     bucket: Bucket
@@ -67,7 +67,7 @@ class Blocks:
         return Segments(counts, offsets, members)
 
 
-def share_out(bucket: Bucket, number: int) -> Blocks:
+def share_out(bucket: Bucket, number: int) -> Partition:
     """Returns the bucket with its slots moved apart, in `number` equal blocks."""
     slots, offset = [], 0
     for slot in bucket.layout.slots:
@@ -75,7 +75,7 @@ def share_out(bucket: Bucket, number: int) -> Blocks:
         offset += _rounded(slot.count, LINE)
     layout = replace(bucket.layout, slots=tuple(slots))
     size = _rounded(offset, LINE * number) // number
-    return Blocks(Bucket(layout, bucket.members), size, number)
+    return Partition(Bucket(layout, bucket.members), size, number)
 
 
 def _rounded(count: int, unit: int) -> int:

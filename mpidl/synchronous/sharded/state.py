@@ -15,7 +15,7 @@ import torch
 from mpidl.collectives import Shards
 from mpidl.errors import ArgumentError, DtypeError
 from mpidl.optim.state import Named, dtype_name
-from mpidl.synchronous.sharded.partition import Blocks
+from mpidl.synchronous.sharded.partition import Partition
 from mpidl.synchronous.sharded.weights import Weights
 
 KEY = "shard"
@@ -139,7 +139,7 @@ def put_together(shards: Shards, weights: Weights, states: States) -> States:
 
 
 def _gathered(
-    shards: Shards, weights: Weights, blocks: Blocks, mine: dict[int, torch.Tensor], dtype: torch.dtype
+    shards: Shards, weights: Weights, blocks: Partition, mine: dict[int, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
     """Returns one key's state of a whole bucket, in flat order; a collective."""
     block = torch.zeros(blocks.size, dtype=dtype)

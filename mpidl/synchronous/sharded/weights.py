@@ -15,7 +15,7 @@ from mpidl.arrays.layout import ITEMSIZE
 from mpidl.collectives import Shards
 from mpidl.errors import ArgumentError
 from mpidl.optim.state import Named, memory_order
-from mpidl.synchronous.sharded.partition import Blocks
+from mpidl.synchronous.sharded.partition import Partition
 
 _LEFT, _WRITTEN, _GRADIENT = 0, 1, 2
 _WHY = {
@@ -63,7 +63,7 @@ class Weights:
         buckets: how they lie, by index in `named`.
     """
 
-    def __init__(self, shards: Shards, model: torch.nn.Module, named: Named, buckets: tuple[Blocks, ...]) -> None:
+    def __init__(self, shards: Shards, model: torch.nn.Module, named: Named, buckets: tuple[Partition, ...]) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.orders = [memory_order(p) for p in self.parameters]

@@ -134,13 +134,13 @@ def downpour(how: str) -> Any:
 
 def served(how: str) -> Any:
     """Rank 1 is a worker, rank 2 a server, which gets the signal if HOW is server-SIGNAL; torch would start slowly."""
-    from mpidl.parameter_server.center.center import Server
+    from mpidl.parameter_server.center.center import Center
 
     comm = mpidl.world(servers=1)
     victim = comm.service.whole.placement.processes[2].pid  # type: ignore[union-attr]
     for name in ("SIGTERM", "SIGINT", "SIGKILL"):
         WAYS[f"server-{name}"] = lambda number=signal.Signals[name]: os.kill(victim, number)
-    center = Server(comm.topology, np.zeros(1000), "planted", comm.service)
+    center = Center(comm.topology, np.zeros(1000), "planted", comm.service)
     began, steps = time.monotonic(), 0
     while time.monotonic() - began < 20:
         if steps == 20 and comm.rank == LEAVER:

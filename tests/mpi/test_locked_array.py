@@ -15,7 +15,7 @@ from mpidl.mpi import exit_protocol, shared_memory
 from mpidl.mpi.processes import Process
 from mpidl.one_sided import locked_array
 from mpidl.one_sided.window import Plan
-from mpidl.parameter_server.center.center import Server
+from mpidl.parameter_server.center.center import Center
 
 WITH_OTHERS = True
 SIZES = (1,)
@@ -130,7 +130,7 @@ def test_too_little_memory_is_a_sentence_on_every_rank(world_comm):
 
 
 def protocol_of(ranks):
-    server = Server(ranks, np.zeros(COUNT), "test")
+    server = Center(ranks, np.zeros(COUNT), "test")
     out = np.empty(COUNT)
     server.commit_and_pull(np.ones(COUNT), out)
     protocol = server.protocol

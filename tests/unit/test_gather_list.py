@@ -7,7 +7,7 @@ import pytest
 
 from mpidl.arrays import view
 from mpidl.arrays.packing import Table
-from mpidl.collectives.gather_list import Source, cut
+from mpidl.collectives.gather_list import GatherList, cut
 
 
 @pytest.mark.parametrize("counts", [(60,), (7, 0, 13, 40), (1,) * 60, (0, 59, 1, 0)])
@@ -20,7 +20,7 @@ def test_parts_of_blocks_are_those_of_flat_data(counts: tuple[int, ...], dtype: 
     addresses = [0 if s == missing else piece.ctypes.data for s, piece in enumerate(pieces)]
     expected = flat.copy()
     expected[offsets[missing] :] = 0
-    source = Source(Table(counts, offsets), addresses, dtype, 1.0, pieces)
+    source = GatherList(Table(counts, offsets), addresses, dtype, 1.0, pieces)
     for blocks, length in (((0, 1, 2, 3), 15), ((3, 0), 15), ((0,), 60), ((1, 0, 2), 20), ((), 15)):
         for start, stop in ((0, length), (4, 11), (0, 0), (14, 15)):
             part = cut(source.table, length, blocks, start, stop).of(source)
