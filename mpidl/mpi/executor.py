@@ -54,7 +54,7 @@ class Future(Generic[Result]):
 
 
 class Executor:
-    """A thread that makes calls in order; it ends when the main thread has ended, in whatever way, since it is a daemon.
+    """A thread that makes calls in order; being a daemon, it ends when the main thread has ended, in whatever way.
 
     Args:
         name: for messages.
