@@ -30,6 +30,7 @@ from mpidl.collectives.tasks import RunningTask, Task
 from mpidl.mpi import cuda_aware, shared_memory
 from mpidl.mpi.agreement import number
 from mpidl.mpi.topology import Topology
+from mpidl.native import environment
 from mpidl.native import node as _node
 
 _TAG = 1  # the first of lanes'; 0 is the link's
@@ -66,7 +67,7 @@ class Collectives:
         self.quick: FastPath | None = None
         self.forced, self.wire_dtype = "", wire_dtype
         if shared_memory.possible(topology) and shared_memory.all_want_it(
-            topology, lambda: shared_memory.wanted() and not (directly and cuda_aware.wished())
+            topology, lambda: environment.SHARED_MEMORY.read() and not (directly and cuda_aware.wished())
         ):
             self._share(helper)
         if len(set(topology.placement.nodes)) > 1:

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.errors import ArgumentError
 from mpidl.mpi import exit_protocol
 from mpidl.mpi.topology import Topology
+from mpidl.native import environment
 
-VARIABLE = "MPIDL_CUDA_AWARE"
+VARIABLE = environment.CUDA_AWARE.name
 _TIME_LIMIT = 15.0  # seconds that a child may take; the doctor gives a whole check 20
 
 # What launchers leave in the environment of a rank; a child that sees it would take itself for that rank. What users
@@ -70,7 +70,7 @@ class _Child:
             self._process = subprocess.Popen(
                 _command(device),
                 cwd=Path(__file__).parents[2],  # -m looks there first, and finds this very mpidl
-                env=environment(os.environ),
+                env=without_launcher(os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -100,31 +100,19 @@ _decisions: weakref.WeakKeyDictionary[Topology, Decision] = weakref.WeakKeyDicti
 _said: set[str] = set()
 
 
-def setting() -> str:
-    """Returns what the user chose: "0", "1" or "auto".
-
-    Raises:
-        ArgumentError: MPIDL_CUDA_AWARE is none of them.
-    """
-    text = os.environ.get(VARIABLE, "") or "0"
-    if text not in ("0", "1", "auto"):
-        raise ArgumentError(f"{VARIABLE}={text!r}: expected 0 (never), auto (if a child process shows it) or 1 (trust)")
-    return text
-
-
 def wished() -> bool:
-    """Whether this rank's user set anything but 0; nonsense too, which is refused where an array on a device comes."""
-    return os.environ.get(VARIABLE, "") not in ("", "0")
+    """Whether this rank's user set anything but 0; a text without sense is refused with the first array on a device."""
+    return environment.CUDA_AWARE.text() not in ("", "0")
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns a rank's environment without what its launcher put there: a process in it starts MPI alone."""
     return {name: value for name, value in environ.items() if not _OF_LAUNCHERS.match(name)}
 
 
 def undecided(topology: Topology, device: str) -> bool:
     """Returns whether this rank, given an array on `device`, needs a decision that has not been made."""
-    return device != "cpu" and topology not in _decisions and setting() != "0"
+    return device != "cpu" and topology not in _decisions and environment.CUDA_AWARE.read() != "0"
 
 
 def direct(topology: Topology, device: str) -> bool:
@@ -139,8 +127,9 @@ def decide(topology: Topology, device: str) -> Generator[Any, None, Decision]:
         topology: whose ranks decide.
         device: where this rank's array lies.
     """
-    answer: int | None = _ON_HOST if device == "cpu" else _TRUSTED if setting() == "1" else _OFF
-    if device != "cpu" and setting() == "auto":
+    setting = environment.CUDA_AWARE.read() if device != "cpu" else "0"
+    answer: int | None = _ON_HOST if device == "cpu" else _TRUSTED if setting == "1" else _OFF
+    if setting == "auto":
         if device not in _children:
             _children[device] = _Child(device)
         yield _children[device]

@@ -5,7 +5,6 @@ A `Channel` only ever carries these notices. When they are looked at, and what a
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 import weakref
@@ -15,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.errors import ArgumentError, ClosedError
+from mpidl.errors import ClosedError
 from mpidl.mpi import exit_protocol
 from mpidl.mpi.processes import Process
+from mpidl.native import environment
 
 # Kinds of notice: I am gone for good; who is there?; I am; tell all that this call is lost; this call is lost; I was
 # asked to stop.
@@ -30,22 +30,6 @@ _PAUSES = (0.001, 0.05)  # seconds between two looks at who has left: at first, 
 _GRACE = 30.0  # seconds for the last barrier: a rank killed in it leaves the others waiting
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 _lasting: list[Channel] = []
-
-
-def seconds_from_environment(name: str, default: float) -> float:
-    """Returns the positive number of seconds in the environment variable `name`.
-
-    Raises:
-        ArgumentError: it is set to anything else.
-    """
-    text = os.environ.get(name, "")
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise ArgumentError(f"{name}={text!r}: expected a positive number of seconds")
-    return value
 
 
 @dataclass(frozen=True)
@@ -62,8 +46,8 @@ def limits() -> Limits:
     Raises:
         ArgumentError: MPIDL_TIMEOUT or MPIDL_STALL_REPORT is not a positive number.
     """
-    give_up = seconds_from_environment("MPIDL_TIMEOUT", 1800.0)
-    return Limits(min(seconds_from_environment("MPIDL_STALL_REPORT", 60.0), give_up), give_up)
+    give_up = environment.TIMEOUT.read()
+    return Limits(min(environment.STALL_REPORT.read(), give_up), give_up)
 
 
 class Channel:

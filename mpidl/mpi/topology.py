@@ -14,9 +14,10 @@ from mpidl.arrays.view import ArrayView
 from mpidl.errors import ArgumentError, DtypeError
 from mpidl.mpi import datatypes, failure_detector, runtime
 from mpidl.mpi.failure_detector import Channel, Limits
-from mpidl.mpi.placement import Link, Placement, helper_wish, pretended_node_size
+from mpidl.mpi.placement import Link, Placement
 from mpidl.mpi.processes import Process, start_time
 from mpidl.mpi.waiting import WaitGuard, poll
+from mpidl.native import environment
 
 _PIECE = 1 << 30  # elements (or bytes) per MPI call: counts of MPI-3 bindings end at 2^31 - 1
 
@@ -94,7 +95,7 @@ class Topology:
 
     def spares_cores(self) -> bool:
         """Whether a helper thread would not take the core of a rank, or MPIDL_HELPER says that there is to be one."""
-        wish = helper_wish()
+        wish = environment.HELPER.read()
         return self.ranks_on_my_cores() < len(self.placement.cores[self.rank]) if wish is None else wish
 
     def free(self) -> None:
@@ -238,8 +239,8 @@ class Topology:
         shared.Allreduce(self._mpi.IN_PLACE, lowest, self._mpi.MIN)
         place = shared.rank
         shared.Free()
-        pretended = pretended_node_size()
-        part = place // pretended if pretended else 0
+        node_size = environment.NODE_SIZE.read()
+        part = place // node_size if node_size else 0
         own = start_time(os.getpid()) or 0
         words = self.gather_words(np.array([int(lowest), part, os.getpid(), own], np.int64), "finding nodes")
         keys = [(int(host), int(piece)) for host, piece, _, _ in words]

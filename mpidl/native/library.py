@@ -6,7 +6,6 @@ What the calls do stands in csrc/include/mpidl.h. Nothing here knows an array: a
 from __future__ import annotations
 
 import functools
-import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import cffi
 
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
+from mpidl.native import environment
 
 _LIBRARY = Path(__file__).with_name("_mpidl.so")
 _INTERFACE = 7
@@ -144,7 +144,7 @@ def library() -> Any:
         raise ExtensionError(f"mpidl's extension cannot be loaded ({error}): {advice}") from error
     if found != _INTERFACE:
         raise ExtensionError(f"mpidl's extension has interface {found}, not {_INTERFACE}: {advice}")
-    wanted = os.environ.get("MPIDL_INSTRUCTIONS")
+    wanted = environment.INSTRUCTIONS.read()
     if wanted:
         _use(loaded, wanted)
     return loaded
@@ -154,7 +154,9 @@ def _use(loaded: Any, wanted: str) -> None:
     choices = [name for code, name in enumerate(INSTRUCTIONS) if loaded.mpidl_supports(code)]
     if wanted not in choices:
         why = "which this processor or this build does not run" if wanted in INSTRUCTIONS else "which is not known"
-        raise ArgumentError(f"MPIDL_INSTRUCTIONS is {wanted!r}, {why}: unset it, or set one of {', '.join(choices)}")
+        raise ArgumentError(
+            f"{environment.INSTRUCTIONS.name}={wanted!r}, {why}: expected one of {', '.join(choices)}, or nothing"
+        )
     loaded.mpidl_use(INSTRUCTIONS.index(wanted))
 
 

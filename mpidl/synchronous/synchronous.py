@@ -17,7 +17,7 @@ from torch.utils import _pytree
 from mpidl.collectives import Collectives
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError, ClosedError
-from mpidl.mpi.placement import helper_wish
+from mpidl.native import environment
 from mpidl.optim import state
 from mpidl.optim.optimizer import DistributedOptimizer
 from mpidl.synchronous.reduction.reducer import Reducer
@@ -94,7 +94,7 @@ class Synchronous(DistributedOptimizer):
     def _describe(self) -> dict[str, Any]:
         own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers, "shard": self._shard}
         own["wire_dtype"] = self._wire_dtype
-        helper_wish()
+        environment.HELPER.read()
         if self._shard:
             sharded_state.refuse(self._inner, self._held)
         return own | state.describe_optimizer(self._inner, self._model)
