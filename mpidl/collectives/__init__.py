@@ -8,7 +8,7 @@ from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.mismatch import Call, describe_reduction
 from mpidl.collectives.sharded import Shards
 from mpidl.collectives.tasks import RunningTask, Task
-from mpidl.mpi.agreement import disagreement, number
+from mpidl.mpi.agreement import disagreement, fingerprint
 
 __all__ = [
     "Call",
@@ -19,5 +19,5 @@ __all__ = [
     "Task",
     "describe_reduction",
     "disagreement",
-    "number",
+    "fingerprint",
 ]

@@ -102,20 +102,20 @@ class Communicator:
         self._set_up(topology.start(mpi_comm, getattr(mpi_comm, "name", "") or "a communicator"))
 
     @classmethod
-    def _over(cls, ranks: Topology, service: DedicatedServers | None = None) -> Communicator:
+    def _over(cls, ranks: Topology, dedicated_servers: DedicatedServers | None = None) -> Communicator:
         made = cls.__new__(cls)
-        made._set_up(ranks, service)
+        made._set_up(ranks, dedicated_servers)
         return made
 
-    def _set_up(self, ranks: Topology, service: DedicatedServers | None = None) -> None:
+    def _set_up(self, ranks: Topology, dedicated_servers: DedicatedServers | None = None) -> None:
         self._topology = ranks
         try:
             self._collectives = Collectives(ranks, directly=True)
         except Exception:  # the same on every rank
             ranks.free()
             raise
-        self.service = service  # how the floors above reach the servers
-        self.servers = len(service.servers) if service is not None else 0
+        self.dedicated_servers = dedicated_servers  # how the floors above reach the servers
+        self.servers = len(dedicated_servers.servers) if dedicated_servers is not None else 0
         self._queue = CallQueue()
         self.rank, self.size = ranks.rank, ranks.size
         self.nodes = len(set(ranks.placement.nodes))
@@ -158,14 +158,14 @@ class Communicator:
             MismatchError: another rank made a different call.
             StalledError: another rank did not come.
         """
-        if out is not None and self._collectives.quick is not None and not self._queue.calls:
+        if out is not None and self._collectives.fast_path is not None and not self._queue.calls:
             runtime.mpi()  # refuses forked children
-            done = self._collectives.quick.allreduce(x, op, out)
+            done = self._collectives.fast_path.allreduce(x, op, out)
             if done is True:
                 return out
             if done:
-                sequence, steps = done
-                return self._queue.add(Request(self._queue, self._topology, "allreduce", steps, sequence)).wait()
+                sequence, task = done
+                return self._queue.add(Request(self._queue, self._topology, "allreduce", task, sequence)).wait()
         return self._start("allreduce", operations.allreduce(self._collectives, x, op, out)).wait()
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
@@ -221,14 +221,14 @@ class Communicator:
         for part in self._parts:
             part.free()
         self._topology.free()
-        if self.service is not None:
-            self.service.end()
+        if self.dedicated_servers is not None:
+            self.dedicated_servers.end()
 
     def __repr__(self) -> str:
         return f"<mpidl.Communicator {self._topology.name}: rank {self.rank} of {self.size}, nodes {self.nodes}>"
 
-    def _start(self, name: str, steps: Task) -> Request:
+    def _start(self, name: str, task: Task) -> Request:
         runtime.mpi()  # refuses forked children
-        request = self._queue.add(Request(self._queue, self._topology, name, steps))
+        request = self._queue.add(Request(self._queue, self._topology, name, task))
         self._queue.advance()
         return request

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.collectives.mismatch import Call, describe_reduction, explain
+from mpidl.collectives.mismatch import Call, describe_reduction, raise_mismatch
 from mpidl.collectives.node import Node
 from mpidl.collectives.tasks import Task
 from mpidl.mpi import datatypes
-from mpidl.mpi.agreement import number
+from mpidl.mpi.agreement import fingerprint
 from mpidl.mpi.topology import Topology
 from mpidl.native import node as _node
 
@@ -72,7 +72,7 @@ class FastPath:
             return None
         call = Call("allreduce", describe_reduction(op, dtype, x.size))
         divisor = float(self._topology.size) if op == "mean" else 1.0
-        struct = _node.job((0, number(call.describe())), "allreduce", dtype, x.size, op=op, divisor=divisor)
+        struct = _node.job((0, fingerprint(call.describe())), "allreduce", dtype, x.size, op=op, divisor=divisor)
         self._known[x.dtype, x.shape, op] = struct, call
         return struct, call
 
@@ -80,5 +80,5 @@ class FastPath:
         job = self._node.resume(struct, arrays)
         yield job
         if job.differs:
-            yield from explain(self._topology, call)
+            yield from raise_mismatch(self._topology, call)
         return arrays[1]

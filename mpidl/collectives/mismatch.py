@@ -15,7 +15,7 @@ import numpy as np
 from mpidl.collectives.tasks import Task
 from mpidl.errors import MismatchError
 from mpidl.mpi import cuda_aware
-from mpidl.mpi.agreement import disagreement, number
+from mpidl.mpi.agreement import disagreement, fingerprint
 from mpidl.mpi.topology import Topology
 
 _DESCRIPTION = 480  # bytes of a call's description that travel when ranks disagree
@@ -53,12 +53,12 @@ def agree(topology: Topology, call: Call) -> Generator[Any, None, Call]:
         MismatchError: they did not.
         Exception: what this rank refuses its own arguments with.
     """
-    word = np.array([call.sequence, number(call.describe())], np.int64)
+    word = np.array([call.sequence, fingerprint(call.describe())], np.int64)
     wish = cuda_aware.undecided(topology, call.device)
     mine, least = np.array([*word, *-word, -wish], np.int64), np.empty(5, np.int64)
     yield topology.start_words_minimum(mine, least)
     if (least[:2] != -least[2:4]).any():
-        yield from explain(topology, call)
+        yield from raise_mismatch(topology, call)
     if call.error is not None:
         raise call.error
     if least[4]:
@@ -66,7 +66,7 @@ def agree(topology: Topology, call: Call) -> Generator[Any, None, Call]:
     return replace(call, agreed=True, direct=cuda_aware.direct(topology, call.device))
 
 
-def explain(topology: Topology, call: Call) -> Task:
+def raise_mismatch(topology: Topology, call: Call) -> Task:
     """Raises, on every rank, what the ranks called, or this rank's own error."""
     sent = np.zeros(_DESCRIPTION, np.uint8)
     raw = call.describe().encode()[:_DESCRIPTION]

@@ -15,7 +15,7 @@ from mpidl.native.environment import Variable
 
 
 @lru_cache(maxsize=1024)
-def number(text: str) -> int:
+def fingerprint(text: str) -> int:
     """Returns a 62-bit number that differs when the text differs; alike on every rank, run and machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
 

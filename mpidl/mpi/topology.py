@@ -120,7 +120,7 @@ class Topology:
         expected = np.empty_like(sent)
         request = self.control.Ialltoall(sent, expected)
         self.wait(request, "freeing a communicator", sequence)
-        self.watch("freeing a communicator", sequence).until(lambda: self.channel.drained(expected), request)
+        self.guard("freeing a communicator", sequence).until(lambda: self.channel.drained(expected), request)
 
     # Waiting.
 
@@ -128,14 +128,14 @@ class Topology:
         """Counts one more call on this topology; see `Channel.begin`."""
         return self.channel.begin()
 
-    def watch(self, what: str, sequence: int) -> WaitGuard:
+    def guard(self, what: str, sequence: int) -> WaitGuard:
         """Returns what a wait in call number `sequence` does between two tests of its request; its time begins now."""
         return WaitGuard(self.channel, what, sequence)
 
     def wait(self, request: Any, what: str, sequence: int) -> None:
         """Returns when `request` has completed; see `WaitGuard.wait`."""
         if not request.Test():
-            self.watch(what, sequence).wait(request)
+            self.guard(what, sequence).wait(request)
 
     def barrier(self, what: str) -> None:
         """A polled barrier on the control communicator."""
@@ -277,7 +277,7 @@ def wait_all(topology: Topology, requests: list[Any], what: str, sequence: int, 
     """Waits for several requests, in order; `memory`, on which they work, is kept if a wait is given up."""
     for request in requests:
         if not request.Test():
-            topology.watch(what, sequence).wait(request, (requests, memory))
+            topology.guard(what, sequence).wait(request, (requests, memory))
 
 
 def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) -> Any:
@@ -287,9 +287,9 @@ def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) 
         made, request = parent.Idup()
         poll(request, what, limits.give_up, (made, request))
     else:
-        watch = WaitGuard(channel, what, channel.begin())
+        guard = WaitGuard(channel, what, channel.begin())
         made, request = parent.Idup()
-        watch.until(request.Test, (made, request))
+        guard.until(request.Test, (made, request))
     return made
 
 

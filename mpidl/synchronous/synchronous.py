@@ -83,7 +83,7 @@ class Synchronous(DistributedOptimizer):
         super()._broadcast()
         state.broadcast_optimizer(self._ranks, self._inner, 0)
         nbytes = max(1, int(self._bucket_cap_mb * 2**20))
-        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, helper=self._ranks.spares_cores())
+        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, progress_thread=self._ranks.spares_cores())
         if self._shard:
             self._sharded = Sharded(collectives, self._inner, self._model, self._held, nbytes)
             self._reducer = self._sharded.reducer(self._held, nbytes, self.statistics)
