@@ -21,10 +21,12 @@ def fingerprint(text: str) -> int:
 
 
 def disagreement(descriptions: Iterable[str]) -> str:
-    """Returns "ranks 0, 2: this; rank 1: that" for the descriptions of ranks 0, 1, 2, ..."""
+    """Returns "ranks 0, 2: this; rank 1: that" for the descriptions of ranks 0, 1, 2, ...; "this" if all are alike."""
     by_text: dict[str, list[int]] = {}
     for rank, text in enumerate(descriptions):
         by_text.setdefault(text, []).append(rank)
+    if len(by_text) == 1:
+        return next(iter(by_text))
     return "; ".join(
         f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()
     )

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from mpidl.mpi import exit_protocol
+from mpidl.mpi.agreement import disagreement
 from mpidl.mpi.topology import Topology
 from mpidl.native import environment
 
@@ -42,7 +43,7 @@ _OF_LAUNCHERS = re.compile(
 # A rank's answer is its child's exit status, negative for a signal, or one of these. Two of all answers are a yes.
 _SHOWN, _TRUSTED = 0, 1001
 _LATE, _NOT_STARTED, _OFF, _ON_HOST = 1002, 1003, 1004, 1005
-_WORDS = {
+_REASONS = {
     _SHOWN: "shown by a child process",
     _TRUSTED: f"{VARIABLE}=1",
     _LATE: f"the child process that tried it did not end within {_TIME_LIMIT:g} s",
@@ -136,7 +137,8 @@ def decide(topology: Topology, device: str) -> Generator[Any, None, Decision]:
         answer = _children[device].answer
     mine, everyone = np.array([answer], np.int64), np.empty(topology.size, np.int64)
     yield topology.start_words_gather(mine, everyone)
-    decision = Decision(all(one in (_SHOWN, _TRUSTED) for one in everyone), _reasons(everyone.tolist()))
+    reasons = disagreement(_reason(one) for one in everyone.tolist())
+    decision = Decision(all(one in (_SHOWN, _TRUSTED) for one in everyone), reasons)
     _decisions[topology] = decision
     if not decision.direct and topology.rank == 0 and decision.reasons not in _said:
         _said.add(decision.reasons)
@@ -156,18 +158,8 @@ def _command(device: str) -> list[str]:
     return [sys.executable, "-m", "mpidl.mpi.cuda_probe", device, str(int(_TIME_LIMIT))]
 
 
-def _reasons(answers: list[int]) -> str:
-    """Returns "ranks 0, 2: this; rank 1: that", or only "this" if all ranks say it."""
-    ranks: dict[str, list[int]] = {}
-    for rank, answer in enumerate(answers):
-        ranks.setdefault(_words(answer), []).append(rank)
-    if len(ranks) == 1:
-        return next(iter(ranks))
-    return "; ".join(f"rank{'s'[: len(who) - 1]} {', '.join(map(str, who))}: {what}" for what, who in ranks.items())
-
-
-def _words(answer: int) -> str:
-    if answer in _WORDS:
-        return _WORDS[answer]
+def _reason(answer: int) -> str:
+    if answer in _REASONS:
+        return _REASONS[answer]
     how = f"was ended by signal {-answer}" if answer < 0 else f"ended with status {answer}"
     return f"the child process that tried it {how}"
