@@ -2,8 +2,9 @@
 
     mpidl run -n 2 -- python benchmarks/memory.py "mpidl.Synchronous, shard=True"
 
-Without an argument it prints the names of all ways. The figure is the proportional set size (memory shared by n processes counts 1/n for each), after a few steps, less what
-it was before the model was made: what the allocators keep is in it, and in another way's launch it is another's.
+Without an argument the program prints the names of all ways. The figure is the proportional set size, in which memory
+that n processes share counts 1/n for each: after a few steps, less what it was before the model was made. What the
+allocators keep is in it, and in another way's launch it is another's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Collectives on flat memory: one algorithm, one file; `dispatch` says which one carries out a call.
 
-Arrays, results and requests of the user's stand above, in `operations` and `communicator`.
+The arrays, results and requests that users see are in `operations` and `communicator`.
 """
 
 from mpidl.collectives.dispatch import Collectives

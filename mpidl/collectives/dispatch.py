@@ -1,6 +1,6 @@
 """Which algorithm carries out a collective: shared memory on one node, lanes or MPI between nodes.
 
-All ranks choose alike, by what the call's word says (operation, dtype, count) and where the ranks are.
+All ranks choose alike: by the operation, the dtype and the count, which the ranks agree on, and by the ranks' nodes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mpidl.native import environment
 from mpidl.native import node as _node
 
 _TAG = 1  # the first of lanes'; 0 is the link's
-_WORDS = (0, fingerprint("words of agreement"))  # their caller compares what the words say
+_WORDS = (0, fingerprint("words of agreement"))  # the caller compares what the ranks said
 
 
 class Collectives:
@@ -47,14 +47,15 @@ class Collectives:
         directly: whether arrays on a device may be given, for MPI to work on them itself. If some rank asks for that
             (`cuda_aware`), no memory is shared: all ranks must choose alike, wherever their arrays are.
         wire_dtype: in which float32 gradients travel between nodes, where lanes carry them; "" for as they are.
-        progress_thread: a thread of this rank moves what happens in shared memory on; ranks may differ in it.
+        progress_thread: whether a thread of this rank moves calls in shared memory on while the rank computes; ranks
+            may differ in it.
 
     Attributes:
         node: what carries out calls if all ranks share memory.
         lanes: what carries out large calls if they do so node by node.
         wire_dtype: as given.
-        forced: one of `costs.ALGORITHMS` that carries out every call between nodes that it can, alike on all ranks; ""
-            for the one that is expected to be fastest.
+        forced: one of `cost_model.ALGORITHMS` that carries out every call between nodes that it can, alike on all
+            ranks; "" for the one that is expected to be fastest.
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class Collectives:
             self.node = node
             self.fast_path = None if progress_thread else FastPath(topology, node)
         else:
-            # Messages have its tags: a second one needs a topology of its own.
+            # Lanes send with tags of this topology: a second `Lanes` needs a topology of its own.
             self.lanes = lanes_of_nodes(topology, node, _TAG)
 
     def end_progress_thread(self) -> None:
-        """Ends the progress_thread, if there is one, when no call is under way."""
+        """Ends the progress thread, if there is one, when no call is under way."""
         node = self.node if self.lanes is None else self.lanes.node
         if node is not None:
             node.end_progress_thread()
@@ -99,7 +100,7 @@ class Collectives:
     def begin(self, call: Call) -> Generator[Any, None, Call]:
         """Returns the call as the other methods want it: agreed on, if that cannot travel with the data.
 
-        To be the first step of a call: later, other calls may have begun, more of them on some ranks than on others.
+        It must be the first step of a call: later, other calls may have begun, on some ranks more than on others.
         """
         call = replace(call, sequence=self.topology.channel.sequence)
         if self.node is not None:
@@ -189,7 +190,7 @@ class Collectives:
         return allreduce(self.lanes, signature, send, receive, wire_dtype=self.wire_dtype, **options)
 
     def _agree(self, call: Call) -> Task:
-        """Makes sure that all ranks made this call, unless they know."""
+        """Makes sure that all ranks made this call, unless the ranks have agreed on it already."""
         if self.node is not None:
             yield from self._done(call, self.node.agree(self._signature(call)))
         elif not call.agreed:
@@ -203,7 +204,7 @@ class Collectives:
         if job.differs:
             yield from raise_mismatch(self.topology, call)
 
-    # For the reducer, whose step header has agreed on everything: what begins here is a request, not a generator.
+    # For the reducer, whose step header has agreed on everything: these return requests, not tasks.
 
     def start_words_gather(self, send: np.ndarray[Any, Any], receive: np.ndarray[Any, Any]) -> Any:
         """Starts collecting every rank's signature, alike in length, on every rank; both arrays must outlive it."""

@@ -1,7 +1,7 @@
 """An allreduce of plain numpy arrays without detours: each call looks up what was prepared for its like.
 
-For small data the Python around a call takes longer than the data. What is not plain, or not known to be the same as a
-call before, takes the way of `operations`, which says what is wrong with it.
+For small data the Python around a call takes longer than the data. A call with other arrays, or with arguments that
+make no sense, is left to `operations`, which refuses it where it must.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PATIENCE = 100_000  # nanoseconds, until signals and lost peers are looked afte
 
 
 class FastPath:
-    """The quick calls of one node's ranks."""
+    """The allreduces of one node's ranks on plain numpy arrays."""
 
     def __init__(self, topology: Topology, node: Node) -> None:
         self._topology, self._node = topology, node
@@ -33,8 +33,8 @@ class FastPath:
         """Carries a call out.
 
         Returns:
-            True: done. False: it is not one for here, and nothing was done. Otherwise the call's number, and how it
-            goes on: some rank is late, or made another call.
+            True: the call is done. False: the call must take the way of `operations`, and nothing was done. Otherwise
+            the call's number and the task that completes it: some rank is late, or made another call.
 
         Raises:
             ClosedError: the communicator takes no further calls.
@@ -60,7 +60,7 @@ class FastPath:
         return progress == _node.DONE or (sequence, self._rest(struct, call, (x, out)))
 
     def _prepared(self, x: np.ndarray[Any, Any], op: str) -> tuple[Any, Call] | None:
-        """Prepares for calls like this one, if they are for here."""
+        """Prepares for calls with such arguments; None where the fast path does not take them."""
         dtype = x.dtype.name
         if not x.size or not isinstance(op, str) or len(self._known) == _KINDS:
             return None

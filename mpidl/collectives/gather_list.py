@@ -1,4 +1,4 @@
-"""What a reduction reads when its input lies scattered over memory: the segments of a packing table."""
+"""The input of a reduction that lies scattered over memory: a gather list, the segments of a packing table."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class GatherList:
 
 
 def packed(gather_list: GatherList, out: ArrayView) -> Completed:
-    """Packs all segments into flat memory; returns the reduction of a rank that is alone, which that completes."""
+    """Packs all segments into flat memory, which is the whole reduction of a rank that is alone; returns that."""
     started = time.perf_counter()
     finite = gather_list.gather(out)
     return Completed(finite=finite, packing=time.perf_counter() - started)
@@ -69,7 +69,7 @@ class Cut:
     skipped: tuple[int, ...]
 
     def of(self, whole: GatherList) -> GatherList:
-        """Returns these parts of a gather list with that table."""
+        """Returns these parts of a gather list whose table was cut."""
         item, places = view.ITEMSIZES[whole.dtype], whole.addresses
         parts = zip(self.segments, self.skipped, strict=True)
         addresses = [places[segment] and places[segment] + skipped * item for segment, skipped in parts]
@@ -83,8 +83,8 @@ def cut(table: Table, length: int, blocks: Sequence[int], start: int, stop: int)
         table: sorted and without gaps.
         length: elements of a block.
         blocks: numbers of blocks.
-        start: first element of each, and
-        stop: one past the last.
+        start: the first element of each block.
+        stop: one past the last element of each block.
     """
     begins = np.array(table.offsets, np.int64)
     ends = begins + np.array(table.counts, np.int64)

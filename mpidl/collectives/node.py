@@ -1,6 +1,6 @@
 """Collectives of ranks on one node, in memory that they share: slice by slice; csrc/node/schedule.c carries them out.
 
-Here are the calls in their order, one under way at a time; which calls come here is decided in `dispatch`.
+This file keeps the calls in their order, one under way at a time; `dispatch` decides which calls come here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def finite(self) -> bool:
-        """Whether all that was read from a table is finite, once the job is done."""
+        """Whether all that was read by a gather list is finite, once the job is done."""
         return bool(self.struct.finite)
 
     @property
@@ -62,7 +62,7 @@ class Node:
 
     Args:
         segment: alike on all ranks.
-        progress_thread: a thread moves calls on, so that this rank's own may compute meanwhile; any rank may have one.
+        progress_thread: whether a thread moves calls on while this rank computes; ranks may differ in it.
     """
 
     def __init__(self, segment: Segment, *, progress_thread: bool = False) -> None:
@@ -70,7 +70,7 @@ class Node:
         self.end = segment.end
         self._queue: deque[Job] = deque()
         self._thread = _node.start_progress_thread(self.end) if progress_thread else None
-        if self._thread is not None:  # it is stopped while the memory that it works on is still there
+        if self._thread is not None:  # the thread is stopped while the memory that the thread works on is still there
             self._stop_thread = weakref.finalize(self, _stop, self._thread, os.getpid())
 
     @property
@@ -120,7 +120,7 @@ class Node:
         """Starts the sum of what all ranks gather over `divisor`; the copy into shared memory is the packing.
 
         Args:
-            signature: as all ranks must say them.
+            signature: alike on all ranks.
             source: must not change before the job is done.
             receive: flat, apart from the segments; each element is cast to its dtype before it is added up.
             divisor: for each sum.
@@ -144,10 +144,10 @@ class Node:
     def reduce_scatter_part(
         self, signature: tuple[int, int], source: ArrayView | GatherList, part: Part, out: ArrayView, op: str
     ) -> Job:
-        """Starts the reduction of a part of the ranks' data, whose blocks go to the first ranks.
+        """Starts the reduction of a part of the ranks' data, whose blocks go to the first ranks of the node.
 
         Args:
-            signature: as all ranks must say them.
+            signature: alike on all ranks.
             source: where this rank's data lie.
             part: alike on all ranks.
             out: for this rank's block; in the dtype in which the part is reduced.
@@ -182,7 +182,7 @@ class Node:
         self._queue.append(job)
         if self._thread is not None:
             _node.give(self._thread, struct)
-        self.move(job, 0)  # the others need not wait until somebody asks for it
+        self.move(job, 0)  # other ranks need not wait until this rank asks for its result
         return job
 
     def move(self, job: Job, patience: int) -> bool:

@@ -1,8 +1,8 @@
-"""What a collective call does, from arrays in to arrays out, written as generators of requests (`collectives.steps`).
+"""What a collective call does, from arrays in to arrays out, written as tasks (`collectives.tasks`).
 
 `communicator` drives them, in the same order on all ranks. A call that differs between ranks is refused before any
 result is written. How arrays come to where they can be sent and back, whatever their strides, precision and device,
-is in `staging`; who moves and reduces the bytes is decided in `collectives`.
+is in `staging`; `dispatch` decides who moves and reduces the bytes.
 """
 
 from __future__ import annotations

@@ -43,7 +43,13 @@ class CallQueue:
 
 
 class Request:
-    """A call under way; it owns its buffers until it has completed."""
+    """A non-blocking call under way, as `Communicator.iallreduce` returns it.
+
+    The request owns the buffers of the call until the call has completed; neither may be touched before.
+
+    Attributes:
+        done: whether the call has completed.
+    """
 
     def __init__(self, queue: CallQueue, ranks: Topology, name: str, task: Task, sequence: int = 0) -> None:
         self._queue, self._topology = queue, ranks
@@ -59,12 +65,19 @@ class Request:
         self.done = False
 
     def test(self) -> bool:
-        """Returns whether the call has completed, moving it on without blocking."""
+        """Moves the call on without blocking; returns whether the call has completed, be it with an error."""
         self._queue.advance(until=self)
         return self.done
 
     def wait(self) -> Any:
-        """Returns the call's result when it has completed; raises what the call raises."""
+        """Waits until the call has completed.
+
+        Returns:
+            What the blocking call returns: the result of `allreduce` for a request of `iallreduce`.
+
+        Raises:
+            MpidlError: as the blocking call does; the same error again when called again.
+        """
         self._queue.advance(block=True, until=self)
         if self._error is not None:
             raise self._error
@@ -75,7 +88,7 @@ class Request:
 
         Args:
             block: wait until it has.
-            look: the user waits for it, if only by testing again and again: look around for who is missing.
+            look: whether the user waits for the call, if only by testing again and again: then look for missing ranks.
         """
         try:
             if not self._begun:
@@ -95,7 +108,7 @@ class Request:
                 self._resume()
         except BaseException as error:
             interrupted = not isinstance(error, Exception)
-            if interrupted or self._pending is not None:  # MPI may still write into what the steps and the error hold
+            if interrupted or self._pending is not None:  # MPI may still write into what the task and the error hold
                 self._topology.channel.give_up(self._name, (self._pending, self._task, error))
             self._end(None, error)
             if interrupted:

@@ -62,7 +62,7 @@ class Decision:
 
 
 class _Child:
-    """The child that tries; `Test` is named as MPI's, so that whoever polls a request can poll this."""
+    """The child that tries; `Test` is named as MPI's, so that code that polls a request can poll this."""
 
     def __init__(self, device: str) -> None:
         self.answer: int | None = None
@@ -122,7 +122,7 @@ def direct(topology: Topology, device: str) -> bool:
 
 
 def decide(topology: Topology, device: str) -> Generator[Any, None, Decision]:
-    """Makes the decision; a collective, in steps: each request that it yields must complete before it goes on.
+    """Makes the decision; a collective, and a task: each request that it yields must complete before it goes on.
 
     Args:
         topology: whose ranks decide.

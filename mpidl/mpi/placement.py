@@ -1,6 +1,6 @@
 """Where the ranks of a communicator run, and what lies between their nodes: frozen values.
 
-How it is found out is in `topology` and `collectives.costs`.
+How it is found out is in `topology` and `collectives.cost_model`.
 """
 
 from __future__ import annotations

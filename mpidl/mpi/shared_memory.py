@@ -24,8 +24,8 @@ from mpidl.native import node as _node
 
 FOLDER = Path("/dev/shm")
 SWITCH = environment.SHARED_MEMORY.name
-_SMALL = 1 << 16  # bytes that travel beside the words of a call
-_ROUND = 1 << 19  # bytes that all ranks' slices of one turn have together
+_SMALL = 1 << 16  # bytes of data that travel beside the signature of a call
+_ROUND = 1 << 19  # bytes that all ranks' slices of one phase have together
 _PIECE = (1 << 14, 1 << 18)  # a slice has at least and at most so many bytes
 _SPIN = 50_000  # nanoseconds, where every rank has a core of its own
 _MOST_RANKS = 1024  # csrc/node/schedule.c

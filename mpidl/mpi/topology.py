@@ -23,7 +23,7 @@ _PIECE = 1 << 30  # elements (or bytes) per MPI call: counts of MPI-3 bindings e
 
 
 class Topology:
-    """A communicator of mpidl's own: `data` for arrays, a channel for notices and small words of agreement.
+    """A communicator of mpidl's own: `data` for arrays, `control` for small words, a channel for the failure detector.
 
     Making one is a collective. It is freed by `free`, a collective too, and never by the garbage collector.
     """
@@ -40,7 +40,7 @@ class Topology:
         self.size: int = self.data.size
         self.channel = Channel(mpi, self.control, name, limits)
         self.placement = placement or self._place()
-        self.link: Link | None = None  # found out by who needs it; parts and duplicates have it then
+        self.link: Link | None = None  # measured by `cost_model` when needed; parts and duplicates inherit it
         self.channel.know(self.placement.processes)
 
     def duplicate(self, name: str) -> Topology:
@@ -94,7 +94,7 @@ class Topology:
         return sum(1 for rank in self.node_ranks() if self.placement.cores[rank] & mine)
 
     def spares_cores(self) -> bool:
-        """Whether a helper thread would not take the core of a rank, or MPIDL_HELPER says that there is to be one."""
+        """Whether a progress thread has a core to itself; MPIDL_HELPER may decide otherwise."""
         wish = environment.HELPER.read()
         return self.ranks_on_my_cores() < len(self.placement.cores[self.rank]) if wish is None else wish
 
@@ -110,9 +110,9 @@ class Topology:
             data.Free()
 
     def _drain(self) -> None:
-        """Takes in every notice that was ever sent here.
+        """Takes in every message of the failure detector that was ever sent here.
 
-        MPI gives the number of a freed communicator to the next one, of other ranks, and a notice left over would
+        MPI gives the number of a freed communicator to the next one, of other ranks, and a message left over would
         arrive there: MPICH finds a rank that cannot be, Open MPI writes past the end of its tables.
         """
         sequence = self.begin()
@@ -281,7 +281,7 @@ def wait_all(topology: Topology, requests: list[Any], what: str, sequence: int, 
 
 
 def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) -> Any:
-    """MPI writes the new handle into `made` when the request completes: whoever gives up must keep both."""
+    """MPI writes the new handle into `made` when the request completes: a wait that is given up must keep both."""
     what = f"making the communicator {name}"
     if channel is None:
         made, request = parent.Idup()

@@ -1,6 +1,6 @@
 """The extension's collectives in shared memory, call by call; what they do stands in csrc/include/mpidl_node.h.
 
-Nothing here knows an array, a communicator or who waits: addresses and counts come checked.
+Nothing here knows arrays, communicators or waiting ranks: addresses and counts come checked.
 """
 
 from __future__ import annotations
@@ -105,12 +105,12 @@ def _checked(progress: int, one: Any) -> int:
 
 
 def start_progress_thread(node: Any) -> Any:
-    """A thread that moves jobs on, which takes no GIL; None if there cannot be one. Stop it before `node` goes."""
+    """Starts a thread that moves jobs on and takes no GIL; None if there cannot be one. Stop it before `node` goes."""
     return library.library().mpidl_progress_thread_start(node) or None
 
 
 def give(thread: Any, one: Any) -> None:
-    """Hands a job to the thread, whose it is until `wait` has said that it ended."""
+    """Hands a job to the progress thread; nobody else may touch the job until `wait` has said that it ended."""
     library.library().mpidl_progress_thread_give(thread, one)
 
 
