@@ -116,30 +116,33 @@ class Node:
         addresses = (memory.address, memory.address)  # root only reads there, the others only write
         return self._start(_node.job(signature, "broadcast", "uint8", memory.nbytes, addresses, root=root), memory)
 
-    def allreduce_list(self, signature: tuple[int, int], source: GatherList, receive: ArrayView, divisor: float) -> Job:
+    def allreduce_list(
+        self, signature: tuple[int, int], gather_list: GatherList, receive: ArrayView, divisor: float
+    ) -> Job:
         """Starts the sum of what all ranks gather over `divisor`; the copy into shared memory is the packing.
 
         Args:
             signature: alike on all ranks.
-            source: must not change before the job is done.
+            gather_list: what this rank gives; must not change before the job is done.
             receive: flat, apart from the segments; each element is cast to its dtype before it is added up.
             divisor: for each sum.
         """
-        return self._start_list("allreduce", signature, source, receive, divisor=divisor)
+        return self._start_list("allreduce", signature, gather_list, receive, divisor=divisor)
 
     def reduce_scatter_list(
-        self, signature: tuple[int, int], source: GatherList, receive: ArrayView, divisor: float, op: str = "sum"
+        self, signature: tuple[int, int], gather_list: GatherList, receive: ArrayView, divisor: float, op: str = "sum"
     ) -> Job:
-        """As `allreduce_list`, of sources of a block as long as `receive` for each rank, which gets its own."""
-        return self._start_list("reduce_scatter", signature, source, receive, divisor=divisor, op=op)
+        """As `allreduce_list`, of gather lists with a block like `receive` for each rank, which gets its own block."""
+        return self._start_list("reduce_scatter", signature, gather_list, receive, divisor=divisor, op=op)
 
     def _start_list(
-        self, kind: str, signature: tuple[int, int], source: GatherList, receive: ArrayView, **options: Any
+        self, kind: str, signature: tuple[int, int], gather_list: GatherList, receive: ArrayView, **options: Any
     ) -> Job:
         struct = _node.job(signature, kind, receive.dtype, receive.count, (0, receive.address), **options)
-        pointers = _node.pointers(source.addresses)
-        _node.read_gather_list(struct, source.table.segments, pointers, source.dtype, scale=source.scale)
-        return self._start(struct, (pointers, source, receive))
+        pointers = _node.pointers(gather_list.addresses)
+        table, dtype, scale = gather_list.table.segments, gather_list.dtype, gather_list.scale
+        _node.read_gather_list(struct, table, pointers, dtype, scale=scale)
+        return self._start(struct, (pointers, gather_list, receive))
 
     def reduce_scatter_part(
         self, signature: tuple[int, int], source: ArrayView | GatherList, part: Part, out: ArrayView, op: str

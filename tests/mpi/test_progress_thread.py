@@ -1,4 +1,4 @@
-"""A thread that moves gradients on beside backward: with it the same things hold; imported tests see it only."""
+"""The progress thread moves gradients on during backward: with it the same things hold; imported tests see it only."""
 
 from __future__ import annotations
 
