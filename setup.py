@@ -19,13 +19,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = [
-    *("csrc/center/center.c", "csrc/packing/gather_range.c", "csrc/packing/packing.c"),
+    *("csrc/include/headers.c", "csrc/center/center.c", "csrc/packing/gather_range.c", "csrc/packing/packing.c"),
     *("csrc/kernels/avx2.c", "csrc/kernels/avx512.c", "csrc/kernels/dispatch.c", "csrc/kernels/portable.c"),
     *("csrc/node/phases.c", "csrc/node/progress_thread.c", "csrc/node/schedule.c", "csrc/node/store_policy.c"),
 ]
 # One set for all sources; those of an instruction set name it themselves.
 FLAGS = [
     *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Icsrc"),
+    '-DMPIDL_HEADERS="csrc/include"',
     "-ffp-contract=off",  # every processor gives the same bits
     *("-fno-trapping-math", "-fno-math-errno"),  # or conditionals are not vectorised
 ]

@@ -15,7 +15,7 @@ enum { CALLS = 200, MOST = 3000, MAX = 8 };
 
 typedef struct {
     mpidl_node node;
-    mpidl_helper *helper; /* or NULL: the rank's own thread does everything */
+    mpidl_progress_thread *progress_thread; /* or NULL: the rank's own thread does everything */
     int mistakes, differing;
 } rank_state;
 
@@ -34,13 +34,13 @@ static float value(int rank, int call, int64_t i) {
 static int run(rank_state *state, mpidl_job *job) {
     int progress;
     mpidl_node *node = &state->node;
-    int64_t patience = mixed((unsigned)(node->rank + job->words[0])) % 2 ? 1000000 : 0;
-    if (state->helper) {
-        mpidl_helper_give(state->helper, job);
+    int64_t patience = mixed((unsigned)(node->rank + job->signature[0])) % 2 ? 1000000 : 0;
+    if (state->progress_thread) {
+        mpidl_progress_thread_give(state->progress_thread, job);
     }
     do {
-        progress =
-            state->helper ? mpidl_helper_wait(state->helper, job, patience) : mpidl_node_advance(node, job, patience);
+        progress = state->progress_thread ? mpidl_progress_thread_wait(state->progress_thread, job, patience)
+                                          : mpidl_node_advance(node, job, patience);
         if (!patience) {
             sched_yield();
         }
@@ -85,7 +85,7 @@ static void *rank_main(void *argument) {
     for (int call = 0; call < CALLS; call++) {
         unsigned dice = mixed((unsigned)call);
         mpidl_job job = {
-            .words = {call, dice}, .kind = (int32_t)(dice % MPIDL_KINDS), .dtype = MPIDL_FLOAT32, .op = MPIDL_SUM};
+            .signature = {call, dice}, .kind = (int32_t)(dice % MPIDL_KINDS), .dtype = MPIDL_FLOAT32, .op = MPIDL_SUM};
         job.root = (int32_t)(dice / 8 % (unsigned)node->ranks);
         job.count = dice / 64 % 3 ? dice / 64 % MOST : dice / 64 % 20;
         job.divisor = 1;
@@ -101,7 +101,7 @@ static void *rank_main(void *argument) {
         job.input = (uintptr_t)input;
         job.output = (uintptr_t)(in_place ? input : output);
         if (call % 50 == 49 && node->rank == 1) {
-            job.words[1]++; /* one rank makes another call: all must learn of it, and be able to go on */
+            job.signature[1]++; /* one rank makes another call: all must learn of it, and be able to go on */
         }
         int progress = run(state, &job);
         if (call % 50 == 49 && node->ranks > 1) {
@@ -120,8 +120,8 @@ static void *rank_main(void *argument) {
     return NULL;
 }
 
-/* `helpers`: of every two ranks one, or both, or none has one. */
-static int check(int ranks, int64_t small, int64_t piece, int helpers) {
+/* `threads`: of every two ranks one, or both, or none has one. */
+static int check(int ranks, int64_t small, int64_t piece, int helped) {
     size_t nbytes = (size_t)mpidl_segment_nbytes(ranks, small, piece);
     void *memory = aligned_alloc(4096, (nbytes + 4095) / 4096 * 4096);
     memset(memory, 0, nbytes);
@@ -135,7 +135,7 @@ static int check(int ranks, int64_t small, int64_t piece, int helpers) {
                                              .ranks = ranks,
                                              .spin = rank % 2 ? 2000 : 0,
                                              .rounds = UINT32_MAX - 100,
-                                             .writing = {.wish = (rank + ranks) % 3},
+                                             .store_policy = {.wish = (rank + ranks) % 3},
                                              .calls = 0}};
     }
     /* Counters begin just below the number at which they wrap around. */
@@ -144,45 +144,45 @@ static int check(int ranks, int64_t small, int64_t piece, int helpers) {
         counters[1] = counters[2] = counters[3] = UINT32_MAX - 100;
     }
     for (int rank = 0; rank < ranks; rank++) {
-        states[rank].helper = rank % 2 < helpers ? mpidl_helper_start(&states[rank].node) : NULL;
+        states[rank].progress_thread = rank % 2 < helped ? mpidl_progress_thread_start(&states[rank].node) : NULL;
         pthread_create(&threads[rank], NULL, rank_main, &states[rank]);
     }
     int wrong = 0;
     for (int rank = 0; rank < ranks; rank++) {
         pthread_join(threads[rank], NULL);
-        if (states[rank].helper) {
-            mpidl_helper_stop(states[rank].helper);
+        if (states[rank].progress_thread) {
+            mpidl_progress_thread_stop(states[rank].progress_thread);
         }
         wrong += states[rank].mistakes + (ranks > 1 && states[rank].differing != CALLS / 50);
     }
     free(memory);
     if (wrong) {
-        printf("%d ranks, small %ld, piece %ld, helpers %d: %d mistakes\n", ranks, (long)small, (long)piece, helpers,
-               wrong);
+        printf("%d ranks, small %ld, piece %ld, progress threads %d: %d mistakes\n", ranks, (long)small, (long)piece,
+               helped, wrong);
     }
     return wrong;
 }
 
-/* Of a machine on which writing through the caches takes `cost` nanoseconds a byte, and past them 1. Every seventh turn
- * takes ten times as long.
+/* Of a machine on which writing through the caches takes `cost` nanoseconds a byte, and past them 1. Every seventh
+ * piece takes ten times as long.
  */
-static int streams_at(mpidl_writing *writing, double cost, int64_t *now) {
-    for (int turn = 0; turn < 5000; turn++) {
-        bool streamed = mpidl_choose_writing(writing, *now);
-        int64_t took = (int64_t)(65536 * (streamed ? 1 : cost)) * (turn % 7 ? 1 : 10);
-        mpidl_note_writing(writing, streamed, took, 65536);
+static int streams_at(mpidl_store_policy *policy, double cost, int64_t *now) {
+    for (int piece = 0; piece < 5000; piece++) {
+        bool streamed = mpidl_choose_stores(policy, *now);
+        int64_t took = (int64_t)(65536 * (streamed ? 1 : cost)) * (piece % 7 ? 1 : 10);
+        mpidl_note_stores(policy, streamed, took, 65536);
         *now += took;
     }
-    return mpidl_writes_past_caches(writing);
+    return mpidl_writes_past_caches(policy);
 }
 
-static int check_writing(void) {
-    mpidl_writing writing = {0};
+static int check_store_policy(void) {
+    mpidl_store_policy policy = {0};
     int64_t now = 1;
-    int wrong = streams_at(&writing, 0.5, &now) + streams_at(&writing, 1.3, &now) + !streams_at(&writing, 7, &now);
-    wrong += !streams_at(&writing, 2.7, &now) + streams_at(&writing, 1.3, &now) + streams_at(&writing, 2.2, &now);
-    writing.wish = MPIDL_PAST_CACHES;
-    wrong += !mpidl_choose_writing(&writing, now);
+    int wrong = streams_at(&policy, 0.5, &now) + streams_at(&policy, 1.3, &now) + !streams_at(&policy, 7, &now);
+    wrong += !streams_at(&policy, 2.7, &now) + streams_at(&policy, 1.3, &now) + streams_at(&policy, 2.2, &now);
+    policy.wish = MPIDL_PAST_CACHES;
+    wrong += !mpidl_choose_stores(&policy, now);
     if (wrong) {
         printf("the choice between the caches and past them: %d mistakes\n", wrong);
     }
@@ -190,7 +190,7 @@ static int check_writing(void) {
 }
 
 int main(void) {
-    int wrong = check_writing();
+    int wrong = check_store_policy();
     for (int ranks = 1; ranks <= 5; ranks++) {
         wrong += check(ranks, 64, 64, 0) + check(ranks, 4096, 512, 1) + check(ranks, 0, 1024, 2);
     }

@@ -106,7 +106,7 @@ if [ ${#mpis[@]} -gt 1 ]; then
         for file in train_refused launching bench docs train_fashion_mnist; do
             of_second+=("--ignore=tests/programs/test_$file.py")
         done
-        for file in cupy shared_memory helper benchmarks family_failures family_crowds averaging devices \
+        for file in cupy shared_memory progress_thread benchmarks family_failures family_crowds averaging devices \
             sharded sharded_groups sharded_misuse sharded_use synchronous_kinds synchronous_surprises; do
             of_second+=("--ignore=tests/mpi/test_$file.py")
         done

@@ -2,7 +2,7 @@
  *
  * A plain shared library: no MPI, torch or Python header stands here or in any source beside it, so one build serves
  * every MPI, torch and Python. Counts and offsets are elements, in 64 bits. No function allocates, blocks or aborts;
- * each returns a status. mpidl/native/library.py repeats these declarations and is the only caller.
+ * each returns a status. mpidl/native/library.py takes the declarations from here and is the only caller.
  */
 #ifndef MPIDL_H
 #define MPIDL_H
@@ -12,7 +12,7 @@
 #define MPIDL_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes; library.py refuses a library that answers another number. */
-#define MPIDL_INTERFACE 7
+#define MPIDL_INTERFACE 8
 
 enum mpidl_dtype {
     MPIDL_FLOAT32,

@@ -1,7 +1,7 @@
 /* A variable in memory that the ranks of a node share, cut in blocks with a lock each: the interface of center.c.
  *
  * A call never blocks for longer than its patience, so that its caller can look after signals and lost peers between
- * two calls. mpidl/native/library.py repeats these declarations.
+ * two calls. mpidl/native/center.py is the only caller.
  */
 #ifndef MPIDL_CENTER_H
 #define MPIDL_CENTER_H

@@ -2,8 +2,8 @@
  *
  * A library of its own, so that mpidl.h's loads where there is no CUDA; no torch, Python or MPI header stands here
  * either. Every call belongs to the device that it names and leaves the caller's current device as it was. Streams
- * are the caller's cudaStream_t, as numbers; 0 is the legacy default stream. mpidl/native/cuda.py repeats these
- * declarations and is the only caller.
+ * are the caller's cudaStream_t, as numbers; 0 is the legacy default stream. mpidl/native/cuda.py is the only
+ * caller.
  *
  * Besides the statuses of mpidl.h a call can return MPIDL_CUDA_ERROR plus the runtime's own error.
  */

@@ -1,7 +1,7 @@
 /* Collectives of ranks that share a segment of memory: the interface of schedule.c, which states the protocol.
  *
  * A call never blocks for longer than its patience, so that its caller can look after signals and lost peers between
- * two calls. mpidl/native/library.py repeats these declarations.
+ * two calls. mpidl/native/node.py is the only caller.
  */
 #ifndef MPIDL_NODE_H
 #define MPIDL_NODE_H
@@ -11,7 +11,7 @@
 enum mpidl_op { MPIDL_SUM, MPIDL_PRODUCT, MPIDL_MINIMUM, MPIDL_MAXIMUM, MPIDL_OPS };
 
 enum mpidl_kind {
-    MPIDL_AGREE, /* nothing but the words: a barrier */
+    MPIDL_AGREE, /* no data, only the signature: a barrier */
     MPIDL_ALLREDUCE,
     MPIDL_REDUCE,         /* the result goes to `root` */
     MPIDL_REDUCE_SCATTER, /* `input` holds a block of `count` elements for each rank, `total` in all */
@@ -23,7 +23,7 @@ enum mpidl_kind {
 enum mpidl_progress {
     MPIDL_DONE,
     MPIDL_WAITING, /* for a peer; call again */
-    MPIDL_DIFFERS  /* another rank's words are not this rank's; nothing was moved, the segment can be used further */
+    MPIDL_DIFFERS /* another rank's signature is not this rank's; no data were moved, the segment can be used further */
 };
 
 /* Whether a rank writes through its caches what others read, or past them; store_policy.h says why it matters. */
@@ -32,22 +32,22 @@ enum mpidl_wish { MPIDL_BY_MEASUREMENT, MPIDL_THROUGH_CACHES, MPIDL_PAST_CACHES 
 typedef struct {
     int32_t wish;    /* an mpidl_wish */
     int32_t streams; /* out: 1 if it writes past them, as far as it has measured */
-    int32_t turns;
+    int32_t pieces;  /* written so far, as long as they are counted */
     int64_t looked;
     double costs[2]; /* nanoseconds a byte, through them and past them */
-} mpidl_writing;
+} mpidl_store_policy;
 
 /* One rank's end of a segment. `memory` was zero before the first rank came, and is where mpidl_segment_nbytes() bytes
  * are mapped; all but `rank` and `memory` are alike on all ranks.
  */
 typedef struct {
     uintptr_t memory;
-    int64_t small_nbytes; /* what travels beside the words themselves, in one turn */
-    int64_t piece_nbytes; /* what a rank takes from another, or gives it, in one turn; a multiple of 64 */
+    int64_t small_nbytes; /* data that travel beside the signature, in the announcement */
+    int64_t piece_nbytes; /* what a rank takes from another, or gives it, in one phase; a multiple of 64 */
     int32_t rank, ranks;
-    int64_t spin;           /* nanoseconds of spinning before the core is given away */
-    uint32_t calls, rounds; /* so far */
-    mpidl_writing writing;  /* zero at first */
+    int64_t spin;                    /* nanoseconds of spinning before the core is given away */
+    uint32_t calls, rounds;          /* so far */
+    mpidl_store_policy store_policy; /* zero at first */
 } mpidl_node;
 
 /* One call. Flat memory has any alignment; `input` and `output` lie apart, or are equal; of an allgather `input` may be
@@ -58,7 +58,7 @@ typedef struct {
  */
 typedef struct mpidl_job mpidl_job;
 struct mpidl_job {
-    int64_t words[2]; /* what all ranks must say alike */
+    int64_t signature[2]; /* number and fingerprint of the call, alike on all ranks */
     int32_t kind, op, dtype, root;
     int64_t count;
     int64_t total;  /* of a kind with blocks: where it ends the last blocks are shorter, or empty; 0: at none */
@@ -76,7 +76,7 @@ struct mpidl_job {
     int32_t phase, agreed, taken, differs;
     int64_t rounds, staged, produced, consumed;
     int64_t idle_since; /* 0: not idle */
-    /* A helper's. */
+    /* The progress thread's. */
     mpidl_job *next;
     int32_t ended, result;
 };
@@ -108,16 +108,16 @@ MPIDL_API int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number
 /* A thread that moves one rank's calls on while the rank computes; no other call may be made on that node meanwhile.
  * Returns NULL if there cannot be one. Calls and node outlive it.
  */
-typedef struct mpidl_helper mpidl_helper;
-MPIDL_API mpidl_helper *mpidl_helper_start(mpidl_node *node);
+typedef struct mpidl_progress_thread mpidl_progress_thread;
+MPIDL_API mpidl_progress_thread *mpidl_progress_thread_start(mpidl_node *node);
 
 /* Puts a call behind those given before; it is the thread's until it has ended. */
-MPIDL_API void mpidl_helper_give(mpidl_helper *helper, mpidl_job *job);
+MPIDL_API void mpidl_progress_thread_give(mpidl_progress_thread *thread, mpidl_job *job);
 
 /* What has become of a call that was given, after at most `patience` nanoseconds: as mpidl_node_advance says it. */
-MPIDL_API int mpidl_helper_wait(mpidl_helper *helper, mpidl_job *job, int64_t patience);
+MPIDL_API int mpidl_progress_thread_wait(mpidl_progress_thread *thread, mpidl_job *job, int64_t patience);
 
 /* Ends the thread, within milliseconds, in whatever call it is. */
-MPIDL_API void mpidl_helper_stop(mpidl_helper *helper);
+MPIDL_API void mpidl_progress_thread_stop(mpidl_progress_thread *thread);
 
 #endif

@@ -41,7 +41,7 @@ static int64_t block_count(const mpidl_job *job, int rank) {
     return job->total == 0 || left > job->count ? job->count : left < 0 ? 0 : left;
 }
 
-/* Elements in one turn; where the slice of a rank begins, and its length. */
+/* Elements in one phase; where the slice of a rank begins, and its length. */
 static int64_t slice(const mpidl_node *node, const mpidl_job *job, int64_t round, int rank, int64_t *from) {
     int64_t most = node->piece_nbytes / mpidl_itemsize(job->dtype);
     bool cut = job->kind == MPIDL_ALLREDUCE || job->kind == MPIDL_REDUCE;
@@ -100,7 +100,7 @@ static int64_t part_of(const mpidl_job *job, int64_t left) {
 /* A piece of the input, for others to read. */
 static void show(mpidl_node *node, mpidl_job *job, int64_t place, int64_t count, char *piece) {
     const int64_t item = mpidl_itemsize(job->dtype), started = nanoseconds_now();
-    bool streamed = mpidl_choose_writing(&node->writing, started);
+    bool streamed = mpidl_choose_stores(&node->store_policy, started);
     if (!streamed) {
         fetch(job, place, count, piece);
     } else if (job->segments == 0) {
@@ -113,7 +113,7 @@ static void show(mpidl_node *node, mpidl_job *job, int64_t place, int64_t count,
             mpidl_copy(piece + done * item, part, some * item, true);
         }
     }
-    mpidl_note_writing(&node->writing, streamed, nanoseconds_now() - started, count * item);
+    mpidl_note_stores(&node->store_policy, streamed, nanoseconds_now() - started, count * item);
 }
 
 void mpidl_stage(mpidl_node *node, mpidl_job *job, int64_t round) {
@@ -181,7 +181,7 @@ void mpidl_produce(mpidl_node *node, mpidl_job *job, int64_t round) {
         keep_input(job, place, count, kept);
         return;
     }
-    if (shown && mpidl_writes_past_caches(&node->writing)) {
+    if (shown && mpidl_writes_past_caches(&node->store_policy)) {
         reduce_and_show(node, job, number, from, count, shown, kept);
         return;
     }

@@ -1,6 +1,6 @@
-/* What a rank does in one turn of a collective: which kinds need it, and with what data.
+/* What a rank does in one phase of a collective: which kinds need it, and with what data.
  *
- * When a turn may begin is decided in schedule.c.
+ * When a phase may begin is decided in schedule.c.
  */
 #ifndef MPIDL_TURNS_H
 #define MPIDL_TURNS_H
@@ -9,7 +9,7 @@
 
 #include "include/mpidl_node.h"
 
-/* Which turns a kind has on this rank. */
+/* Which phases a kind has on this rank. */
 bool mpidl_stages(const mpidl_job *job);
 bool mpidl_produces(const mpidl_node *node, const mpidl_job *job);
 bool mpidl_consumes(const mpidl_node *node, const mpidl_job *job);

@@ -12,106 +12,106 @@
 
 enum { PATIENCE = 2000000 }; /* nanoseconds, after which the thread looks whether it is to end */
 
-struct mpidl_helper {
+struct mpidl_progress_thread {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t given, ended;
     mpidl_node *node;
     mpidl_job *first, *last;
-    bool leaving;
+    bool stopping;
 };
 
-static void end_first(mpidl_helper *helper, int progress) {
-    mpidl_job *job = helper->first;
-    helper->first = job->next;
+static void end_first(mpidl_progress_thread *self, int progress) {
+    mpidl_job *job = self->first;
+    self->first = job->next;
     job->result = progress;
     job->ended = 1;
-    pthread_cond_broadcast(&helper->ended);
+    pthread_cond_broadcast(&self->ended);
 }
 
 static void *work(void *argument) {
-    mpidl_helper *helper = argument;
-    pthread_mutex_lock(&helper->lock);
-    while (!helper->leaving) {
-        if (!helper->first) {
-            pthread_cond_wait(&helper->given, &helper->lock);
+    mpidl_progress_thread *self = argument;
+    pthread_mutex_lock(&self->lock);
+    while (!self->stopping) {
+        if (!self->first) {
+            pthread_cond_wait(&self->given, &self->lock);
             continue;
         }
-        mpidl_job *job = helper->first;
-        pthread_mutex_unlock(&helper->lock);
-        int progress = mpidl_node_advance(helper->node, job, PATIENCE);
-        pthread_mutex_lock(&helper->lock);
+        mpidl_job *job = self->first;
+        pthread_mutex_unlock(&self->lock);
+        int progress = mpidl_node_advance(self->node, job, PATIENCE);
+        pthread_mutex_lock(&self->lock);
         if (progress != MPIDL_WAITING) {
-            end_first(helper, progress);
+            end_first(self, progress);
         }
     }
-    pthread_mutex_unlock(&helper->lock);
+    pthread_mutex_unlock(&self->lock);
     return NULL;
 }
 
 /* Signals are the business of the program's own threads. */
-static int start_thread(mpidl_helper *helper) {
+static int start_thread(mpidl_progress_thread *self) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int status = pthread_create(&helper->thread, NULL, work, helper);
+    int status = pthread_create(&self->thread, NULL, work, self);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return status;
 }
 
-mpidl_helper *mpidl_helper_start(mpidl_node *node) {
-    mpidl_helper *helper = calloc(1, sizeof *helper);
-    if (!helper) {
+mpidl_progress_thread *mpidl_progress_thread_start(mpidl_node *node) {
+    mpidl_progress_thread *self = calloc(1, sizeof *self);
+    if (!self) {
         return NULL;
     }
-    helper->node = node;
+    self->node = node;
     pthread_condattr_t clock;
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-    pthread_mutex_init(&helper->lock, NULL);
-    pthread_cond_init(&helper->given, NULL);
-    pthread_cond_init(&helper->ended, &clock);
+    pthread_mutex_init(&self->lock, NULL);
+    pthread_cond_init(&self->given, NULL);
+    pthread_cond_init(&self->ended, &clock);
     pthread_condattr_destroy(&clock);
-    if (start_thread(helper) != 0) {
-        free(helper);
+    if (start_thread(self) != 0) {
+        free(self);
         return NULL;
     }
-    return helper;
+    return self;
 }
 
-void mpidl_helper_give(mpidl_helper *helper, mpidl_job *job) {
+void mpidl_progress_thread_give(mpidl_progress_thread *self, mpidl_job *job) {
     job->next = NULL;
     job->ended = 0;
-    pthread_mutex_lock(&helper->lock);
-    if (helper->first) {
-        helper->last->next = job;
+    pthread_mutex_lock(&self->lock);
+    if (self->first) {
+        self->last->next = job;
     } else {
-        helper->first = job;
+        self->first = job;
     }
-    helper->last = job;
-    pthread_cond_signal(&helper->given);
-    pthread_mutex_unlock(&helper->lock);
+    self->last = job;
+    pthread_cond_signal(&self->given);
+    pthread_mutex_unlock(&self->lock);
 }
 
-int mpidl_helper_wait(mpidl_helper *helper, mpidl_job *job, int64_t patience) {
+int mpidl_progress_thread_wait(mpidl_progress_thread *self, mpidl_job *job, int64_t patience) {
     int64_t until = nanoseconds_now() + patience;
     struct timespec limit = {.tv_sec = until / 1000000000, .tv_nsec = until % 1000000000};
-    pthread_mutex_lock(&helper->lock);
-    while (!job->ended && patience > 0 && pthread_cond_timedwait(&helper->ended, &helper->lock, &limit) == 0) {
+    pthread_mutex_lock(&self->lock);
+    while (!job->ended && patience > 0 && pthread_cond_timedwait(&self->ended, &self->lock, &limit) == 0) {
     }
     int progress = job->ended ? job->result : MPIDL_WAITING;
-    pthread_mutex_unlock(&helper->lock);
+    pthread_mutex_unlock(&self->lock);
     return progress;
 }
 
-void mpidl_helper_stop(mpidl_helper *helper) {
-    pthread_mutex_lock(&helper->lock);
-    helper->leaving = true;
-    pthread_cond_signal(&helper->given);
-    pthread_mutex_unlock(&helper->lock);
-    pthread_join(helper->thread, NULL);
-    pthread_mutex_destroy(&helper->lock);
-    pthread_cond_destroy(&helper->given);
-    pthread_cond_destroy(&helper->ended);
-    free(helper);
+void mpidl_progress_thread_stop(mpidl_progress_thread *self) {
+    pthread_mutex_lock(&self->lock);
+    self->stopping = true;
+    pthread_cond_signal(&self->given);
+    pthread_mutex_unlock(&self->lock);
+    pthread_join(self->thread, NULL);
+    pthread_mutex_destroy(&self->lock);
+    pthread_cond_destroy(&self->given);
+    pthread_cond_destroy(&self->ended);
+    free(self);
 }

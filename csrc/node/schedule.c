@@ -1,12 +1,12 @@
 /* Collectives in a segment of shared memory, by slices, rounds and counters; docs/flag_protocol.md is the long form.
  *
- * A call begins with each rank's announcement: its words, and small data beside them. Large data then goes round by
- * round through rings of a few slots. In a round a rank *stages* the slices that others own, *produces* the result of
- * its own slice from what all staged, in rank order, and *consumes* what the others produced. Its own slice is never
- * staged. Each of the three has a counter per rank (flags.h). Kinds leave out what they do not need; their counters are
- * then raised at once, so that all counters of all ranks stand at the same number between two calls.
+ * A call begins with each rank's announcement: the signature of the call, and small data beside it. Large data then
+ * goes round by round through rings of a few slots. In a round a rank *stages* the slices that others own, *produces*
+ * the result of its own slice from what all staged, in rank order, and *consumes* what the others produced. Its own
+ * slice is never staged. Each of the three has a counter per rank (flags.h). Kinds leave out what they do not need;
+ * their counters are then raised at once, so that all counters of all ranks stand at the same number between two calls.
  *
- * Here is the order of things; what a turn does stands in phases.c, what lies where in segment.h.
+ * Here is the order of things; what a phase does stands in phases.c, what lies where in segment.h.
  */
 #include <string.h>
 
@@ -60,7 +60,7 @@ static void raise(const mpidl_node *node, int counter, uint32_t value) {
 static void announce(mpidl_node *node, mpidl_job *job) {
     node->calls++;
     announcement *mine = announcement_of(node, node->rank, node->calls);
-    memcpy(mine->words, job->words, sizeof mine->words);
+    memcpy(mine->signature, job->signature, sizeof mine->signature);
     if (mpidl_is_small(node, job)) {
         int64_t started = job->segments ? nanoseconds_now() : 0; /* of flat memory it would take longer than the copy */
         mpidl_give_small(node, job, mine->small);
@@ -89,7 +89,9 @@ static void begin_rounds(mpidl_node *node, mpidl_job *job) {
     }
 }
 
-/* Each of the three does one turn if it can; otherwise it says whom it waits for. */
+/* Each of the three carries out one phase of one round and returns true, or sets `missing` to the rank that the phase
+ * waits for and returns false.
+ */
 static bool try_stage(mpidl_node *node, mpidl_job *job, peer *missing) {
     uint32_t round = node->rounds + (uint32_t)job->staged;
     if (job->staged == job->rounds || wait_for_any(node, PRODUCED, round + 1 - SLOTS, missing)) {
@@ -151,7 +153,7 @@ static bool try_agree(mpidl_node *node, mpidl_job *job, peer *missing) {
             return false;
         }
         announcement *theirs = announcement_of(node, job->agreed, node->calls);
-        job->differs |= memcmp(theirs->words, job->words, sizeof job->words) != 0;
+        job->differs |= memcmp(theirs->signature, job->signature, sizeof job->signature) != 0;
     }
     job->phase = MOVING;
     if (!job->differs) {
@@ -165,8 +167,8 @@ static bool try_agree(mpidl_node *node, mpidl_job *job, peer *missing) {
     return true;
 }
 
-/* Moves the rounds on as far as they go without waiting. Afterwards `missing` is what the turn that is furthest behind
- * waits for: whoever is waited for can go on without anything further from this rank.
+/* Moves the rounds on as far as they go without waiting. Afterwards `missing` is what the phase that is furthest behind
+ * waits for: the rank that `missing` names can go on without anything further from this rank.
  */
 static void move_rounds(mpidl_node *node, mpidl_job *job, peer *missing) {
     peer to_stage = *missing, to_produce = *missing, to_consume = *missing;
@@ -272,7 +274,7 @@ int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience) {
 
 int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
                       int64_t patience) {
-    job->words[0] = number;
+    job->signature[0] = number;
     job->input = (uintptr_t)input;
     job->output = (uintptr_t)output;
     job->phase = STARTING;

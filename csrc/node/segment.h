@@ -8,7 +8,7 @@
 enum { SLOTS = 2, MAX_RANKS = 1024 }; /* slots: a power of two, since rounds wrap around */
 
 typedef struct {
-    int64_t words[2];
+    int64_t signature[2];
     char padding[48];
     char small[];
 } announcement;
@@ -26,7 +26,9 @@ static inline mpidl_flags *flags_of(const mpidl_node *node, int rank) {
     return (mpidl_flags *)node->memory + rank;
 }
 
-/* Two, used in turn: while this one is filled the others may still read the one of the call before. */
+/* Each rank has two announcements, one for even calls and one for odd calls: while a rank fills the one, other ranks
+ * may still read the other, which is of the call before.
+ */
 static inline announcement *announcement_of(const mpidl_node *node, int rank, uint32_t call) {
     int64_t at = node->ranks * (int64_t)sizeof(mpidl_flags);
     return (announcement *)(node->memory + at + (2 * rank + call % 2) * announcement_nbytes(node->small_nbytes));

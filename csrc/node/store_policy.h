@@ -6,20 +6,20 @@
  * changes while it runs). So a rank measures both, now and then, for itself: no other rank need know, and no bit
  * depends on it.
  */
-#ifndef MPIDL_WRITING_H
-#define MPIDL_WRITING_H
+#ifndef MPIDL_STORE_POLICY_H
+#define MPIDL_STORE_POLICY_H
 
 #include <stdbool.h>
 
 #include "include/mpidl_node.h"
 
 /* Whether the next data go past the caches; `now` in nanoseconds. Says now and then what is not the better way. */
-bool mpidl_choose_writing(mpidl_writing *writing, int64_t now);
+bool mpidl_choose_stores(mpidl_store_policy *policy, int64_t now);
 
 /* What it took. */
-void mpidl_note_writing(mpidl_writing *writing, bool streamed, int64_t nanoseconds, int64_t nbytes);
+void mpidl_note_stores(mpidl_store_policy *policy, bool streamed, int64_t nanoseconds, int64_t nbytes);
 
 /* The better way as far as it is known. */
-bool mpidl_writes_past_caches(const mpidl_writing *writing);
+bool mpidl_writes_past_caches(const mpidl_store_policy *policy);
 
 #endif

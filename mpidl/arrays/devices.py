@@ -25,7 +25,7 @@ _KEPT_NBYTES = 1 << 30  # pinned memory that a device keeps for later
 
 
 class Event:
-    """A point in a stream. `Test` is named as MPI's, so that whoever polls a request can poll this."""
+    """A point in a stream. `Test` is named as MPI's, so that code that polls a request can poll this."""
 
     def __init__(self, device: Device, stream: int) -> None:
         self._device = device

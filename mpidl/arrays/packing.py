@@ -87,7 +87,7 @@ class Table:
         out_dtype: str,
         scale: float = 1.0,
     ) -> Packed:
-        """Pack the segments at `addresses` into the buffer at `out_address`."""
+        """Packs the segments at `addresses` into the buffer at `out_address`."""
         return Packed(*library.gather(self.segments, addresses, source_dtype, out_address, out_dtype, scale=scale))
 
     def scatter(
@@ -98,27 +98,31 @@ class Table:
         flat_dtype: str,
         scale: float = 1.0,
     ) -> Packed:
-        """Unpack the buffer at `flat_address` into the segments at `addresses`."""
+        """Unpacks the buffer at `flat_address` into the segments at `addresses`."""
         return Packed(*library.scatter(self.segments, addresses, target_dtype, flat_address, flat_dtype, scale=scale))
 
 
 def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packed | DevicePacked:
-    """Copy tensors, each in C order, one after the other into a flat buffer: cast(element * scale).
+    """Copies tensors, each in C order, one after the other into a flat buffer: cast(element * scale).
 
-    The product is in float64 for float64 and in float32 otherwise; the cast is to nearest, ties to even. At
-    scale 1 and equal dtypes the bytes are copied unchanged. Arrays on a device are packed there, by one launch on the
-    stream that is current for their kind; the call does not wait for it.
+    The product is taken in float64 for float64 and in float32 otherwise; the cast is to nearest, ties to even. With a
+    scale of 1 and equal dtypes the bytes are copied unchanged. Arrays on a device are packed there, by one launch on
+    the stream that is current for their kind; the call does not wait for the launch.
 
     Args:
-        tensors: arrays of one dtype, of any shapes and strides.
-        out: 1-D, contiguous, at least as many elements as all tensors; of their dtype, or float32 for float16
-            and bfloat16, or one of these for float32. What lies beyond is not touched.
+        tensors: numpy arrays, torch tensors or cupy arrays of one dtype and on one device, of any shapes and strides.
+        out: array of shape (n,), contiguous, n at least the number of elements of all tensors; of their dtype, or
+            float32 for float16 and bfloat16, or one of these for float32. Elements beyond the tensors' stay.
         scale: finite; exactly 1 for integers and bool.
 
+    Returns:
+        The number of elements written (`count`), the sum of their squares (`sum_of_squares`) and whether all are finite
+        (`finite`). For arrays on a device the first look at the last two waits for the launch.
+
     Raises:
-        DtypeError: not arrays, or dtypes that cannot be packed so.
-        ArgumentError: an argument that cannot work: too short, read-only, strided, overlapping, on several devices.
-        ExtensionError: arrays on a device, and mpidl was built without CUDA.
+        DtypeError: `tensors` are no arrays, or the dtypes cannot be packed so.
+        ArgumentError: `out` is too short, read-only or strided, arrays overlap, or they lie on several devices.
+        ExtensionError: arrays lie on a device, and mpidl was built without CUDA.
     """
     lot = _look(tensors)
     flat = _flat(out, "out", lot)
@@ -132,15 +136,23 @@ def pack(tensors: Iterable[object], out: object, *, scale: float = 1.0) -> Packe
 
 
 def unpack(flat: object, tensors: Iterable[object], *, scale: float = 1.0) -> Packed | DevicePacked:
-    """Copy a flat buffer back into tensors, the reverse of `pack`.
+    """Copies a flat buffer back into tensors, the reverse of `pack`: cast(element * scale).
 
     Args:
-        flat: as `out` of `pack`, but only read.
-        tensors: writable arrays that do not overlap; otherwise as in `pack`.
-        scale: as in `pack`.
+        flat: array of shape (n,), contiguous, n at least the number of elements of all tensors; of their dtype, or
+            float32 for float16 and bfloat16, or one of these for float32. It is only read.
+        tensors: writable numpy arrays, torch tensors or cupy arrays of one dtype and on one device, of any shapes and
+            strides, which do not overlap.
+        scale: finite; exactly 1 for integers and bool.
+
+    Returns:
+        As `pack`: `count`, `sum_of_squares` and `finite` of the elements that were written.
 
     Raises:
-        DtypeError, ArgumentError: as `pack`.
+        DtypeError: `tensors` are no arrays, or the dtypes cannot be unpacked so.
+        ArgumentError: `flat` is too short or strided, a tensor is read-only, arrays overlap, or they lie on several
+            devices.
+        ExtensionError: arrays lie on a device, and mpidl was built without CUDA.
     """
     lot = _look(tensors)
     source = _flat(flat, "flat", lot)

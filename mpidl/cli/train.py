@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from mpidl.cli.launch.run import TERMINAL_VARIABLE
+from mpidl.native import environment
 from mpidl.training.algorithms import BY_NAME
 from mpidl.training.settings import Settings
 
@@ -188,8 +187,7 @@ command.help = _with_algorithms(command.help or "")
 
 def _columns() -> int | None:
     """The width of the terminal behind mpirun's pipe, as `mpidl run` saw it."""
-    text = os.environ.get(TERMINAL_VARIABLE, "")
-    return int(text) if text.isdigit() and int(text) > 0 else None
+    return environment.TERMINAL.read()
 
 
 def _train(settings: Settings) -> int:

@@ -1,6 +1,6 @@
 """Collectives on flat memory: one algorithm, one file; `dispatch` says which one carries out a call.
 
-Arrays, results and requests of the user's stand above, in `operations` and `communicator`.
+The arrays, results and requests that users see are in `operations` and `communicator`.
 """
 
 from mpidl.collectives.dispatch import Collectives
@@ -8,7 +8,7 @@ from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.mismatch import Call, describe_reduction
 from mpidl.collectives.sharded import Shards
 from mpidl.collectives.tasks import RunningTask, Task
-from mpidl.mpi.agreement import disagreement, number
+from mpidl.mpi.agreement import disagreement, fingerprint
 
 __all__ = [
     "Call",
@@ -19,5 +19,5 @@ __all__ = [
     "Task",
     "describe_reduction",
     "disagreement",
-    "number",
+    "fingerprint",
 ]

@@ -7,7 +7,6 @@ it is kept with a checkpoint, and MPIDL_DETERMINISTIC=1 lets it depend on sizes 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.errors import ArgumentError
+from mpidl.mpi.agreement import gather_switch
 from mpidl.mpi.placement import Link
 from mpidl.mpi.topology import Topology, wait_all
+from mpidl.native import environment
 
-DETERMINISTIC = "MPIDL_DETERMINISTIC"
 ALGORITHMS = ("mpi", "direct", "halving_doubling")
 _USUAL = Link(latency=20e-6, per_byte=1 / 1.25e9, measured=False)  # 10 Gbit/s over TCP
 # From two nodes of one machine, with 1 and 2 ranks each, on both MPIs, links shaped to 1 Gbit/s and not shaped at all.
@@ -43,7 +42,8 @@ def link_of(topology: Topology) -> Link:
     if len(set(topology.placement.nodes)) == 1:
         return _USUAL  # of ranks that exchange data as if they were not on one node
     if topology.link is None:
-        topology.link = _USUAL if _all_want_the_usual(topology) else _measured(topology)
+        deterministic = gather_switch(topology, environment.DETERMINISTIC, "choosing algorithms").any()
+        topology.link = _USUAL if deterministic else _measured(topology)
     return topology.link
 
 
@@ -124,17 +124,6 @@ def _sent_by_mpi(spread: Spread, kind: str) -> float:
     if kind == "reduce_scatter":
         return least * min(spread.lanes, 2)
     return (spread.ranks - 1) / spread.ranks if kind == "allgather" else 2 * least
-
-
-def _all_want_the_usual(topology: Topology) -> bool:
-    text = os.environ.get(DETERMINISTIC, "")
-    word = int(text or 0) if text in ("", "0", "1") else -1
-    words = topology.gather_words(np.array([word], np.int64), "choosing algorithms")[:, 0]
-    if word < 0:
-        raise ArgumentError(f"{DETERMINISTIC}={text!r}: expected 0 or 1")
-    if (words < 0).any():
-        raise ArgumentError(f"rank {int(words.argmin())} refused its {DETERMINISTIC}; see what it says")
-    return bool(words.any())
 
 
 def _measured(topology: Topology) -> Link:

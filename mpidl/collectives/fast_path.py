@@ -1,7 +1,7 @@
 """An allreduce of plain numpy arrays without detours: each call looks up what was prepared for its like.
 
-For small data the Python around a call takes longer than the data. What is not plain, or not known to be the same as a
-call before, takes the way of `operations`, which says what is wrong with it.
+For small data the Python around a call takes longer than the data. A call with other arrays, or with arguments that
+make no sense, is left to `operations`, which refuses it where it must.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.collectives.mismatch import Call, describe_reduction, explain
+from mpidl.collectives.mismatch import Call, describe_reduction, raise_mismatch
 from mpidl.collectives.node import Node
 from mpidl.collectives.tasks import Task
 from mpidl.mpi import datatypes
-from mpidl.mpi.agreement import number
+from mpidl.mpi.agreement import fingerprint
 from mpidl.mpi.topology import Topology
 from mpidl.native import node as _node
 
@@ -23,7 +23,7 @@ _PATIENCE = 100_000  # nanoseconds, until signals and lost peers are looked afte
 
 
 class FastPath:
-    """The quick calls of one node's ranks."""
+    """The allreduces of one node's ranks on plain numpy arrays."""
 
     def __init__(self, topology: Topology, node: Node) -> None:
         self._topology, self._node = topology, node
@@ -33,8 +33,8 @@ class FastPath:
         """Carries a call out.
 
         Returns:
-            True: done. False: it is not one for here, and nothing was done. Otherwise the call's number, and how it
-            goes on: some rank is late, or made another call.
+            True: the call is done. False: the call must take the way of `operations`, and nothing was done. Otherwise
+            the call's number and the task that completes it: some rank is late, or made another call.
 
         Raises:
             ClosedError: the communicator takes no further calls.
@@ -60,7 +60,7 @@ class FastPath:
         return progress == _node.DONE or (sequence, self._rest(struct, call, (x, out)))
 
     def _prepared(self, x: np.ndarray[Any, Any], op: str) -> tuple[Any, Call] | None:
-        """Prepares for calls like this one, if they are for here."""
+        """Prepares for calls with such arguments; None where the fast path does not take them."""
         dtype = x.dtype.name
         if not x.size or not isinstance(op, str) or len(self._known) == _KINDS:
             return None
@@ -72,7 +72,7 @@ class FastPath:
             return None
         call = Call("allreduce", describe_reduction(op, dtype, x.size))
         divisor = float(self._topology.size) if op == "mean" else 1.0
-        struct = _node.job((0, number(call.describe())), "allreduce", dtype, x.size, op=op, divisor=divisor)
+        struct = _node.job((0, fingerprint(call.describe())), "allreduce", dtype, x.size, op=op, divisor=divisor)
         self._known[x.dtype, x.shape, op] = struct, call
         return struct, call
 
@@ -80,5 +80,5 @@ class FastPath:
         job = self._node.resume(struct, arrays)
         yield job
         if job.differs:
-            yield from explain(self._topology, call)
+            yield from raise_mismatch(self._topology, call)
         return arrays[1]

@@ -1,7 +1,8 @@
-"""What a reduction reads when its input lies scattered over memory: the segments of a packing table."""
+"""The input of a reduction that lies scattered over memory: a gather list, the segments of a packing table."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from mpidl.arrays import view
 from mpidl.arrays.packing import Table
 from mpidl.arrays.view import ArrayView
+from mpidl.collectives.tasks import Completed
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class GatherList:
         return table.gather([part[2] for part in there], self.dtype, out.address, out.dtype, self.scale).finite
 
 
+def packed(gather_list: GatherList, out: ArrayView) -> Completed:
+    """Packs all segments into flat memory, which is the whole reduction of a rank that is alone; returns that."""
+    started = time.perf_counter()
+    finite = gather_list.gather(out)
+    return Completed(finite=finite, packing=time.perf_counter() - started)
+
+
 @dataclass(frozen=True)
 class Cut:
     """Parts of a table's segments, side by side.
@@ -59,12 +68,12 @@ class Cut:
     segments: tuple[int, ...]
     skipped: tuple[int, ...]
 
-    def of(self, source: GatherList) -> GatherList:
-        """Returns these parts of a source with that table."""
-        item, whole = view.ITEMSIZES[source.dtype], source.addresses
+    def of(self, whole: GatherList) -> GatherList:
+        """Returns these parts of a gather list whose table was cut."""
+        item, places = view.ITEMSIZES[whole.dtype], whole.addresses
         parts = zip(self.segments, self.skipped, strict=True)
-        addresses = [whole[segment] and whole[segment] + skipped * item for segment, skipped in parts]
-        return GatherList(self.table, addresses, source.dtype, source.scale, source.owner)
+        addresses = [places[segment] and places[segment] + skipped * item for segment, skipped in parts]
+        return GatherList(self.table, addresses, whole.dtype, whole.scale, whole.owner)
 
 
 def cut(table: Table, length: int, blocks: Sequence[int], start: int, stop: int) -> Cut:
@@ -74,8 +83,8 @@ def cut(table: Table, length: int, blocks: Sequence[int], start: int, stop: int)
         table: sorted and without gaps.
         length: elements of a block.
         blocks: numbers of blocks.
-        start: first element of each, and
-        stop: one past the last.
+        start: the first element of each block.
+        stop: one past the last element of each block.
     """
     begins = np.array(table.offsets, np.int64)
     ends = begins + np.array(table.counts, np.int64)

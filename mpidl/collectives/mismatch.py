@@ -1,7 +1,7 @@
 """How ranks find out that they made the same call, and say what differs if they did not.
 
-The word of a call is its number on the communicator and a hash of its text. In shared memory it stands beside the data;
-where MPI carries out the call it travels first, as here.
+The signature of a call is its number on the communicator and the fingerprint of its text. In shared memory the
+signature stands beside the data. Where MPI carries out the call, the signatures travel first, as here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from mpidl.collectives.tasks import Task
 from mpidl.errors import MismatchError
 from mpidl.mpi import cuda_aware
-from mpidl.mpi.agreement import disagreement, number
+from mpidl.mpi.agreement import disagreement, fingerprint
 from mpidl.mpi.topology import Topology
 
 _DESCRIPTION = 480  # bytes of a call's description that travel when ranks disagree
@@ -45,20 +45,21 @@ def describe_reduction(op: str, dtype: str, count: int) -> str:
 
 
 def agree(topology: Topology, call: Call) -> Generator[Any, None, Call]:
-    """Every rank learns whether all made this call; the smallest and the largest word travel as one minimum.
+    """Every rank learns whether all made this call; the smallest and the largest signature travel as one minimum.
 
-    So does that some rank, given an array on a device, wants to know whether MPI works on it itself: then all decide.
+    A further word of that minimum says whether some rank, given an array on a device, wants to know whether MPI works
+    on such arrays itself: then all ranks decide that together.
 
     Raises:
         MismatchError: they did not.
         Exception: what this rank refuses its own arguments with.
     """
-    word = np.array([call.sequence, number(call.describe())], np.int64)
+    signature = np.array([call.sequence, fingerprint(call.describe())], np.int64)
     wish = cuda_aware.undecided(topology, call.device)
-    mine, least = np.array([*word, *-word, -wish], np.int64), np.empty(5, np.int64)
+    mine, least = np.array([*signature, *-signature, -wish], np.int64), np.empty(5, np.int64)
     yield topology.start_words_minimum(mine, least)
     if (least[:2] != -least[2:4]).any():
-        yield from explain(topology, call)
+        yield from raise_mismatch(topology, call)
     if call.error is not None:
         raise call.error
     if least[4]:
@@ -66,8 +67,8 @@ def agree(topology: Topology, call: Call) -> Generator[Any, None, Call]:
     return replace(call, agreed=True, direct=cuda_aware.direct(topology, call.device))
 
 
-def explain(topology: Topology, call: Call) -> Task:
-    """Raises, on every rank, what the ranks called, or this rank's own error."""
+def raise_mismatch(topology: Topology, call: Call) -> Task:
+    """Raises on every rank what the ranks called; on a rank that refused its arguments, the error of that rank."""
     sent = np.zeros(_DESCRIPTION, np.uint8)
     raw = call.describe().encode()[:_DESCRIPTION]
     sent[: len(raw)] = np.frombuffer(raw, np.uint8)

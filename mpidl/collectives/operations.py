@@ -1,8 +1,8 @@
-"""What a collective call does, from arrays in to arrays out, written as generators of requests (`collectives.steps`).
+"""What a collective call does, from arrays in to arrays out, written as tasks (`collectives.tasks`).
 
 `communicator` drives them, in the same order on all ranks. A call that differs between ranks is refused before any
 result is written. How arrays come to where they can be sent and back, whatever their strides, precision and device,
-is in `staging`; who moves and reduces the bytes is decided in `collectives`.
+is in `staging`; `dispatch` decides who moves and reduces the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from mpidl.arrays.view import ArrayView
 from mpidl.collectives import Call, Collectives, Task, describe_reduction
 from mpidl.collectives.staging import Target, fetch, widened
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
-from mpidl.mpi import cuda_aware, datatypes
+from mpidl.mpi import datatypes
+from mpidl.native import environment
 
 
 def barrier(ranks: Collectives) -> Task:
@@ -134,7 +135,7 @@ def _input(x: Any, op: str | None = None) -> ArrayView:
     if view.device != "cpu":
         try:
             devices.of(view)
-            cuda_aware.setting()  # refuses what makes no sense
+            environment.CUDA_AWARE.read()  # refuses what makes no sense
         except ExtensionError as error:  # said as what it is for this call, so that the other ranks learn of it
             raise DtypeError(f"x is on {view.device}: {error}") from error
     if op is not None:

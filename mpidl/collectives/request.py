@@ -43,28 +43,41 @@ class CallQueue:
 
 
 class Request:
-    """A call under way; it owns its buffers until it has completed."""
+    """A non-blocking call under way, as `Communicator.iallreduce` returns it.
 
-    def __init__(self, queue: CallQueue, ranks: Topology, name: str, steps: Task, sequence: int = 0) -> None:
+    The request owns the buffers of the call until the call has completed; neither may be touched before.
+
+    Attributes:
+        done: whether the call has completed.
+    """
+
+    def __init__(self, queue: CallQueue, ranks: Topology, name: str, task: Task, sequence: int = 0) -> None:
         self._queue, self._topology = queue, ranks
         self._name = name
-        self._steps: Task | None = steps
+        self._task: Task | None = task
         self._sequence = sequence
         self._begun = False
         self._pending: Any = None
-        self._watch: WaitGuard | None = None
+        self._guard: WaitGuard | None = None
         self._result: Any = None
         self._error: BaseException | None = None
         self._token = exit_protocol.opened(f"a call of {name} on {self._topology.name}")
         self.done = False
 
     def test(self) -> bool:
-        """Returns whether the call has completed, moving it on without blocking."""
+        """Moves the call on without blocking; returns whether the call has completed, be it with an error."""
         self._queue.advance(until=self)
         return self.done
 
     def wait(self) -> Any:
-        """Returns the call's result when it has completed; raises what the call raises."""
+        """Waits until the call has completed.
+
+        Returns:
+            What the blocking call returns: the result of `allreduce` for a request of `iallreduce`.
+
+        Raises:
+            MpidlError: as the blocking call does; the same error again when called again.
+        """
         self._queue.advance(block=True, until=self)
         if self._error is not None:
             raise self._error
@@ -75,7 +88,7 @@ class Request:
 
         Args:
             block: wait until it has.
-            look: the user waits for it, if only by testing again and again: look around for who is missing.
+            look: whether the user waits for the call, if only by testing again and again: then look for missing ranks.
         """
         try:
             if not self._begun:
@@ -86,30 +99,30 @@ class Request:
                 if not self._pending.Test():
                     if not look:
                         return False
-                    self._watch = self._watch or self._topology.watch(self._name, self._sequence)
+                    self._guard = self._guard or self._topology.guard(self._name, self._sequence)
                     if not block:
-                        self._watch.look()
+                        self._guard.look()
                         return False
-                    self._watch.wait(self._pending)
+                    self._guard.wait(self._pending)
                 self._pending = None
                 self._resume()
         except BaseException as error:
             interrupted = not isinstance(error, Exception)
-            if interrupted or self._pending is not None:  # MPI may still write into what the steps and the error hold
-                self._topology.channel.give_up(self._name, (self._pending, self._steps, error))
+            if interrupted or self._pending is not None:  # MPI may still write into what the task and the error hold
+                self._topology.channel.give_up(self._name, (self._pending, self._task, error))
             self._end(None, error)
             if interrupted:
                 raise
         return True  # wait() raises what was caught
 
     def _resume(self) -> None:
-        assert self._steps is not None
+        assert self._task is not None
         try:
-            self._pending = next(self._steps)
+            self._pending = next(self._task)
         except StopIteration as stop:
             self._end(stop.value, None)
 
     def _end(self, result: Any, error: BaseException | None) -> None:
         self.done, self._result, self._error = True, result, error
-        self._steps = self._pending = None
+        self._task = self._pending = None
         exit_protocol.closed(self._token)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import time
 from collections import Counter
 from typing import Any
 
@@ -20,20 +19,20 @@ import numpy as np
 from mpidl.arrays import view
 from mpidl.arrays.view import ArrayView
 from mpidl.collectives import cost_model
-from mpidl.collectives.dispatch import Collectives, Sum
-from mpidl.collectives.gather_list import GatherList
+from mpidl.collectives.dispatch import Collectives
+from mpidl.collectives.gather_list import GatherList, packed
 from mpidl.collectives.lanes.pipeline import AHEAD, Lanes
-from mpidl.collectives.lanes.reduce_scatter import Scattering, reduce_scatter, strips
+from mpidl.collectives.lanes.reduce_scatter import reduce_scatter
 from mpidl.collectives.lanes.start import EXCHANGES
-from mpidl.collectives.lanes.transport import Exchange, Wire
-from mpidl.collectives.tasks import RunningTask, Task, Together
+from mpidl.collectives.lanes.transport import Exchange, Transport
+from mpidl.collectives.tasks import Reduction, RunningTask, Task, Together
 from mpidl.errors import SharedMemoryError
 from mpidl.mpi import shared_memory
-from mpidl.mpi.agreement import number
+from mpidl.mpi.agreement import fingerprint
 from mpidl.mpi.topology import Topology, wait_all
 
 _GROUP, _TAG = 71, 101  # tags: of making a group; the first of messages
-_BARRIER = number("barrier of ranks that share weights")
+_BARRIER = fingerprint("barrier of ranks that share weights")
 
 
 class Shards:
@@ -120,20 +119,25 @@ class Shards:
             sequence = topology.begin()
             topology.wait(self._group.node.agree((sequence, _BARRIER)), what, sequence)
 
-    def start_reduce(self, words: tuple[int, int], source: GatherList, receive: ArrayView, divisor: int) -> Sum:
-        """Starts the sum of all ranks' sources over `divisor`, of which this rank gets its own block in `receive`.
+    def start_reduce(
+        self, signature: tuple[int, int], gather_list: GatherList, receive: ArrayView, divisor: int
+    ) -> Reduction:
+        """Starts the sum of what all ranks gather over `divisor`; this rank gets its own block in `receive`.
 
         What must not change: as for `Collectives.start_gathered_sum`.
         """
         lanes, node = self._lanes, None if self._group is None else self._group.node
         if lanes is None and node is not None:
-            return node.reduce_scatter_table(words, source, receive, float(divisor))
+            return node.reduce_scatter_list(signature, gather_list, receive, float(divisor))
         if lanes is None:
-            return _SumOfOne(source, receive, divisor)
-        cut = strips(source.table, lanes, range(self.ranks.size), receive.count, receive.itemsize)
+            alone = packed(gather_list, receive)
+            if divisor != 1:
+                view.divide(receive, divisor)
+            return alone
         exchange = self._exchange(receive.nbytes * self.ranks.size, receive.dtype)
-        options = ("sum", float(divisor), exchange, self._wire_dtype)
-        return reduce_scatter(lanes, Scattering(words, source, cut, receive, *options))
+        options: dict[str, Any] = {"op": "sum", "divisor": float(divisor), "exchange": exchange}
+        options |= {"blocks": range(self.ranks.size), "wire_dtype": self._wire_dtype}
+        return reduce_scatter(lanes, signature, gather_list, receive, **options)
 
     def _exchange(self, nbytes: int, dtype: str) -> Exchange:
         narrow = bool(self._wire_dtype) and dtype == "float32"
@@ -155,9 +159,9 @@ class Shards:
         sequence = self.ranks.begin()
         gathers = list[RunningTask]()
         for bucket, (start, size) in enumerate(places):
-            exchange, wire = self._exchange(size * self.ranks.size, "uint8"), lanes.wire(AHEAD + bucket)
+            exchange, transport = self._exchange(size * self.ranks.size, "uint8"), lanes.transport(AHEAD + bucket)
             blocks = flat[start + lanes.place * len(lanes.peers) * size :][: len(lanes.peers) * size]
-            gathers.append(RunningTask(_gathered(exchange, wire, blocks)))
+            gathers.append(RunningTask(_gathered(exchange, transport, blocks)))
         wait_all(self.ranks, [Together(gathers)], "sharing updated weights", sequence, (flat, gathers))
 
     def gather_blocks(self, mine: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, Any]:
@@ -177,26 +181,9 @@ class Shards:
         self._owned.clear()
 
 
-class _SumOfOne:
-    """What a rank that is alone has of a sum, at once."""
-
-    def __init__(self, source: GatherList, receive: ArrayView, divisor: int) -> None:
-        started = time.perf_counter()
-        self.finite = source.gather(receive)
-        if divisor != 1:
-            view.divide(receive, divisor)
-        self.seconds = time.perf_counter() - started, 0.0
-
-    def Test(self) -> bool:  # noqa: N802  # as MPI names it
-        return True
-
-    def tried(self) -> bool:
-        return True
-
-
-def _gathered(exchange: Exchange, wire: Wire, blocks: np.ndarray[Any, Any]) -> Task:
-    yield from exchange.allgather(wire, blocks)
-    wire.end()
+def _gathered(exchange: Exchange, transport: Transport, blocks: np.ndarray[Any, Any]) -> Task:
+    yield from exchange.allgather(transport, blocks)
+    transport.end()
 
 
 def _groups(nodes: tuple[int, ...], size: int) -> list[tuple[int, ...]]:

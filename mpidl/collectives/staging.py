@@ -1,8 +1,8 @@
 """How arrays come to MPI and back: dense, in the dtype in which they are reduced, in memory that MPI may touch.
 
-That is host memory; a device's own only in calls for which `cuda_aware` has decided so ("direct"). Otherwise what is on
-a device goes through pinned host memory, in the order of its stream. `operations` uses these steps in this order:
-`fetch`, `Target`, a collective (`carry_out`), `Target.finish`.
+MPI may touch host memory, and the memory of a device in calls for which `cuda_aware` has decided so ("direct").
+Otherwise an array on a device goes through pinned host memory, in the order of its stream. `operations` uses the steps
+in this order: `fetch`, `Target`, a collective (`carry_out`), `Target.finish`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def carry_out(start: Callable[..., list[Any]], memory: ArrayView, *others: Any) 
 
     MPI touches a device's memory at once, not in the order of a stream. All that the stream holds is waited for first:
     what is sent may still be computed there, and where the result goes may still be read there, by the caller or by
-    whoever had this memory before the framework's allocator gave it out again.
+    the tensor that had this memory before the framework's allocator gave it out again.
     """
     on_device = [one for one in (memory, *others) if isinstance(one, ArrayView) and one.device != "cpu"]
     for array in on_device[:1]:  # all are on one device and of one kind

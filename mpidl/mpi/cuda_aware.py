@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.errors import ArgumentError
 from mpidl.mpi import exit_protocol
+from mpidl.mpi.agreement import disagreement
 from mpidl.mpi.topology import Topology
+from mpidl.native import environment
 
-VARIABLE = "MPIDL_CUDA_AWARE"
+VARIABLE = environment.CUDA_AWARE.name
 _TIME_LIMIT = 15.0  # seconds that a child may take; the doctor gives a whole check 20
 
 # What launchers leave in the environment of a rank; a child that sees it would take itself for that rank. What users
@@ -42,7 +43,7 @@ _OF_LAUNCHERS = re.compile(
 # A rank's answer is its child's exit status, negative for a signal, or one of these. Two of all answers are a yes.
 _SHOWN, _TRUSTED = 0, 1001
 _LATE, _NOT_STARTED, _OFF, _ON_HOST = 1002, 1003, 1004, 1005
-_WORDS = {
+_REASONS = {
     _SHOWN: "shown by a child process",
     _TRUSTED: f"{VARIABLE}=1",
     _LATE: f"the child process that tried it did not end within {_TIME_LIMIT:g} s",
@@ -61,7 +62,7 @@ class Decision:
 
 
 class _Child:
-    """The child that tries; `Test` is named as MPI's, so that whoever polls a request can poll this."""
+    """The child that tries; `Test` is named as MPI's, so that code that polls a request can poll this."""
 
     def __init__(self, device: str) -> None:
         self.answer: int | None = None
@@ -70,7 +71,7 @@ class _Child:
             self._process = subprocess.Popen(
                 _command(device),
                 cwd=Path(__file__).parents[2],  # -m looks there first, and finds this very mpidl
-                env=environment(os.environ),
+                env=without_launcher(os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -100,31 +101,19 @@ _decisions: weakref.WeakKeyDictionary[Topology, Decision] = weakref.WeakKeyDicti
 _said: set[str] = set()
 
 
-def setting() -> str:
-    """Returns what the user chose: "0", "1" or "auto".
-
-    Raises:
-        ArgumentError: MPIDL_CUDA_AWARE is none of them.
-    """
-    text = os.environ.get(VARIABLE, "") or "0"
-    if text not in ("0", "1", "auto"):
-        raise ArgumentError(f"{VARIABLE}={text!r}: expected 0 (never), auto (if a child process shows it) or 1 (trust)")
-    return text
-
-
 def wished() -> bool:
-    """Whether this rank's user set anything but 0; nonsense too, which is refused where an array on a device comes."""
-    return os.environ.get(VARIABLE, "") not in ("", "0")
+    """Whether this rank's user set anything but 0; a text without sense is refused with the first array on a device."""
+    return environment.CUDA_AWARE.text() not in ("", "0")
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns a rank's environment without what its launcher put there: a process in it starts MPI alone."""
     return {name: value for name, value in environ.items() if not _OF_LAUNCHERS.match(name)}
 
 
 def undecided(topology: Topology, device: str) -> bool:
     """Returns whether this rank, given an array on `device`, needs a decision that has not been made."""
-    return device != "cpu" and topology not in _decisions and setting() != "0"
+    return device != "cpu" and topology not in _decisions and environment.CUDA_AWARE.read() != "0"
 
 
 def direct(topology: Topology, device: str) -> bool:
@@ -133,21 +122,23 @@ def direct(topology: Topology, device: str) -> bool:
 
 
 def decide(topology: Topology, device: str) -> Generator[Any, None, Decision]:
-    """Makes the decision; a collective, in steps: each request that it yields must complete before it goes on.
+    """Makes the decision; a collective, and a task: each request that it yields must complete before it goes on.
 
     Args:
         topology: whose ranks decide.
         device: where this rank's array lies.
     """
-    answer: int | None = _ON_HOST if device == "cpu" else _TRUSTED if setting() == "1" else _OFF
-    if device != "cpu" and setting() == "auto":
+    setting = environment.CUDA_AWARE.read() if device != "cpu" else "0"
+    answer: int | None = _ON_HOST if device == "cpu" else _TRUSTED if setting == "1" else _OFF
+    if setting == "auto":
         if device not in _children:
             _children[device] = _Child(device)
         yield _children[device]
         answer = _children[device].answer
     mine, everyone = np.array([answer], np.int64), np.empty(topology.size, np.int64)
     yield topology.start_words_gather(mine, everyone)
-    decision = Decision(all(one in (_SHOWN, _TRUSTED) for one in everyone), _reasons(everyone.tolist()))
+    reasons = disagreement(_reason(one) for one in everyone.tolist())
+    decision = Decision(all(one in (_SHOWN, _TRUSTED) for one in everyone), reasons)
     _decisions[topology] = decision
     if not decision.direct and topology.rank == 0 and decision.reasons not in _said:
         _said.add(decision.reasons)
@@ -167,18 +158,8 @@ def _command(device: str) -> list[str]:
     return [sys.executable, "-m", "mpidl.mpi.cuda_probe", device, str(int(_TIME_LIMIT))]
 
 
-def _reasons(answers: list[int]) -> str:
-    """Returns "ranks 0, 2: this; rank 1: that", or only "this" if all ranks say it."""
-    ranks: dict[str, list[int]] = {}
-    for rank, answer in enumerate(answers):
-        ranks.setdefault(_words(answer), []).append(rank)
-    if len(ranks) == 1:
-        return next(iter(ranks))
-    return "; ".join(f"rank{'s'[: len(who) - 1]} {', '.join(map(str, who))}: {what}" for what, who in ranks.items())
-
-
-def _words(answer: int) -> str:
-    if answer in _WORDS:
-        return _WORDS[answer]
+def _reason(answer: int) -> str:
+    if answer in _REASONS:
+        return _REASONS[answer]
     how = f"was ended by signal {-answer}" if answer < 0 else f"ended with status {answer}"
     return f"the child process that tried it {how}"

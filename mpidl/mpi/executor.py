@@ -1,7 +1,7 @@
 """Calls that a thread of its own makes while the main thread computes, one after the other.
 
-Who waits for one looks around for the dead meanwhile: on that thread `look` must not, since only one thread at a time
-may receive what ranks tell each other. What is called is the business of who asks for it.
+The main thread looks for dead ranks while it waits for a call. The executor's thread must not: only one thread at a
+time may receive the messages of the failure detector. Which calls are made is decided by the executor's users.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LAST_MOMENT = 1.0  # seconds that a call has to notice that nobody waits for it
 
 
 class ExecutorEndedError(Exception):
-    """A helper thread was to end while it waited."""
+    """An executor's thread was to end while it waited."""
 
 
 class Future(Generic[Result]):

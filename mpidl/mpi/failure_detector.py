@@ -1,11 +1,10 @@
 """The small messages by which the ranks of a communicator find out who is missing, and what they know of each other.
 
-A `Channel` only ever carries these notices. When they are looked at, and what a wait does then, stands in `waiting`.
+A `Channel` only ever carries these messages. When a rank looks at them, and what a wait does then, is in `waiting`.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 import weakref
@@ -15,37 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from mpidl.errors import ArgumentError, ClosedError
+from mpidl.errors import ClosedError
 from mpidl.mpi import exit_protocol
 from mpidl.mpi.processes import Process
+from mpidl.native import environment
 
-# Kinds of notice: I am gone for good; who is there?; I am; tell all that this call is lost; this call is lost; I was
-# asked to stop.
+# Kinds of messages: the sender has left for good; the sender asks who is there; the sender is there; the receiver is to
+# tell all that a call is lost; a call is lost; the sender was asked to stop.
 LEFT, ASK, HERE, PROPOSE, GIVE_UP, STOP = 1, 2, 3, 4, 5, 6
 
 _TEXT = 496  # bytes
-_NOTICE = struct.Struct(f"<qq{_TEXT}s")
+_MESSAGE = struct.Struct(f"<qq{_TEXT}s")
 _TAG = 7
 _PAUSES = (0.001, 0.05)  # seconds between two looks at who has left: at first, and at most
 _GRACE = 30.0  # seconds for the last barrier: a rank killed in it leaves the others waiting
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 _lasting: list[Channel] = []
-
-
-def seconds_from_environment(name: str, default: float) -> float:
-    """Returns the positive number of seconds in the environment variable `name`.
-
-    Raises:
-        ArgumentError: it is set to anything else.
-    """
-    text = os.environ.get(name, "")
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise ArgumentError(f"{name}={text!r}: expected a positive number of seconds")
-    return value
 
 
 @dataclass(frozen=True)
@@ -62,20 +46,20 @@ def limits() -> Limits:
     Raises:
         ArgumentError: MPIDL_TIMEOUT or MPIDL_STALL_REPORT is not a positive number.
     """
-    give_up = seconds_from_environment("MPIDL_TIMEOUT", 1800.0)
-    return Limits(min(seconds_from_environment("MPIDL_STALL_REPORT", 60.0), give_up), give_up)
+    give_up = environment.TIMEOUT.read()
+    return Limits(min(environment.STALL_REPORT.read(), give_up), give_up)
 
 
 class Channel:
-    """The notices between the ranks of one communicator, and the number of the call in which this rank is."""
+    """The failure detector of one communicator: its messages, and the number of the call in which this rank is."""
 
     def __init__(self, mpi: Any, comm: Any, name: str, limits: Limits) -> None:
         self._mpi = mpi
         self._comm = comm
         self.name = name
         self._processes: tuple[Process, ...] = ()
-        self._sending: list[Any] = []  # requests of notices that may not have gone out yet
-        self._sent, self._received = (np.zeros(comm.size, np.int64) for _ in range(2))  # notices, by peer
+        self._sending: list[Any] = []  # requests of messages that may not have gone out yet
+        self._sent, self._received = (np.zeros(comm.size, np.int64) for _ in range(2))  # messages, by peer
         self._closing = False
         self._left: dict[int, int] = {}  # rank -> number of the last call that it made
         self._here: dict[int, tuple[int, str]] = {}  # rank -> its answer to the last roll call
@@ -136,7 +120,7 @@ class Channel:
     def close_together(self) -> Any | None:
         """Returns a request that is complete when every peer has taken in all that this rank ever sent.
 
-        None where not all have left: a peer that is gone without a word would never join in.
+        None where not all have left: a peer that is gone without a message would never join in.
         """
         ended = self._comm is None or self._mpi.Is_finalized()
         return None if ended or self._staying() else self._comm.Ibarrier()
@@ -153,12 +137,12 @@ class Channel:
                 self._notify(STOP, self.sequence, "", to=rank)
 
     def close(self) -> np.ndarray[Any, Any]:
-        """Ends the sending of notices and returns how many this rank has sent to each peer."""
+        """Ends the sending of messages and returns how many this rank has sent to each peer."""
         self._closing = True
         return self._sent
 
     def drained(self, expected: np.ndarray[Any, Any]) -> bool:
-        """Takes in what has arrived; returns whether all expected notices have, and all of its own are out."""
+        """Takes in what has arrived; returns whether all expected messages have, and all of its own are out."""
         self.receive("")
         self._sending = [request for request in self._sending if not request.Test()]
         return not self._sending and bool((self._received == expected).all())
@@ -172,7 +156,7 @@ class Channel:
     def _notify(self, kind: int, sequence: int, text: str, to: int | None = None) -> None:
         if self._closing:
             return
-        message = _NOTICE.pack(kind, sequence, text.encode()[:_TEXT])
+        message = _MESSAGE.pack(kind, sequence, text.encode()[:_TEXT])
         targets = [to] if to is not None else [r for r in range(self._comm.size) if r != self._comm.rank]
         self._sending = [request for request in self._sending if not request.Test()]
         self._sending += [self._comm.Isend([message, self._mpi.BYTE], dest=r, tag=_TAG) for r in targets]
@@ -182,12 +166,12 @@ class Channel:
         """Takes in what has arrived; `busy` is the call in which this rank waits, on whichever communicator."""
         if self._mpi.Is_finalized():
             return
-        status, buffer = self._mpi.Status(), bytearray(_NOTICE.size)
+        status, buffer = self._mpi.Status(), bytearray(_MESSAGE.size)
         while self._comm is not None and self._comm.Iprobe(self._mpi.ANY_SOURCE, _TAG, status):
             source = status.Get_source()
             self._comm.Recv([buffer, self._mpi.BYTE], source=source, tag=_TAG)
             self._received[source] += 1
-            kind, sequence, raw = _NOTICE.unpack(buffer)
+            kind, sequence, raw = _MESSAGE.unpack(buffer)
             text = raw.rstrip(b"\0").decode(errors="ignore")
             if kind == LEFT:
                 self._left[source] = sequence
@@ -202,7 +186,7 @@ class Channel:
             elif kind == STOP:
                 exit_protocol.ask_to_stop()
 
-    # What a watch asks of its channel.
+    # What a wait guard asks of its channel.
 
     def lost(self, sequence: int) -> str | None:
         """Returns why call number `sequence` can never complete: it, or one before it, was given up by somebody."""

@@ -1,15 +1,13 @@
 """Where the ranks of a communicator run, and what lies between their nodes: frozen values.
 
-How it is found out is in `topology` and `collectives.costs`.
+How it is found out is in `topology` and `collectives.cost_model`.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
-from mpidl.errors import ArgumentError
 from mpidl.mpi.processes import Process
 
 
@@ -32,29 +30,3 @@ class Link:
 
     def as_dict(self) -> dict[str, Any]:
         return {"latency": self.latency, "per_byte": self.per_byte, "measured": self.measured}
-
-
-def pretended_node_size() -> int:
-    """MPIDL_NODE_SIZE=k pretends that nodes have k ranks each; 0: it is not set.
-
-    Raises:
-        ArgumentError: it makes no sense.
-    """
-    text = os.environ.get("MPIDL_NODE_SIZE", "")
-    if not text:
-        return 0
-    if not text.isdigit() or int(text) < 1:
-        raise ArgumentError(f"MPIDL_NODE_SIZE={text!r}: expected a positive number of ranks per node")
-    return int(text)
-
-
-def helper_wish() -> bool | None:
-    """What MPIDL_HELPER says: whether a thread moves gradients on beside backward; None: what suits the cores.
-
-    Raises:
-        ArgumentError: it makes no sense.
-    """
-    text = os.environ.get("MPIDL_HELPER", "")
-    if text not in ("", "0", "1"):
-        raise ArgumentError(f"MPIDL_HELPER={text!r}: expected 0 (no helper thread) or 1")
-    return None if not text else text == "1"

@@ -15,18 +15,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from mpidl.errors import ArgumentError, SharedMemoryError
+from mpidl.errors import SharedMemoryError
 from mpidl.mpi import exit_protocol
+from mpidl.mpi.agreement import gather_switch
 from mpidl.mpi.topology import Topology
-from mpidl.native import library
+from mpidl.native import environment, library
 from mpidl.native import node as _node
 
 FOLDER = Path("/dev/shm")
-SWITCH = "MPIDL_SHARED_MEMORY"
-_SMALL = 1 << 16  # bytes that travel beside the words of a call
-_ROUND = 1 << 19  # bytes that all ranks' slices of one turn have together
+SWITCH = environment.SHARED_MEMORY.name
+_SMALL = 1 << 16  # bytes of data that travel beside the signature of a call
+_ROUND = 1 << 19  # bytes that all ranks' slices of one phase have together
 _PIECE = (1 << 14, 1 << 18)  # a slice has at least and at most so many bytes
 _SPIN = 50_000  # nanoseconds, where every rank has a core of its own
 _MOST_RANKS = 1024  # csrc/node/schedule.c
@@ -50,39 +49,17 @@ class Segment:
         )
 
 
-def wanted() -> bool:
-    """Whether the user lets ranks share memory.
-
-    Raises:
-        ArgumentError: MPIDL_SHARED_MEMORY is neither 0 nor 1.
-    """
-    text = os.environ.get(SWITCH, "")
-    if text not in ("", "0", "1"):
-        raise ArgumentError(f"{SWITCH}={text!r}: expected 0 (ranks of a node exchange all data by MPI) or 1")
-    return text != "0"
-
-
-def all_want_it(ranks: Topology, wish: Callable[[], bool] = wanted) -> bool:
-    """Whether memory is to be shared, alike on every rank, although users may set ranks' environments apart.
+def all_want_it(ranks: Topology, wish: Callable[[], bool] | None = None) -> bool:
+    """Whether memory is to be shared, alike on every rank; a collective of all of them.
 
     Args:
-        ranks: a collective of all of them.
-        wish: this rank's.
+        ranks: anywhere.
+        wish: whether this rank wants it; None for what MPIDL_SHARED_MEMORY says.
 
     Raises:
-        ArgumentError: some rank's setting makes no sense.
+        ArgumentError: the setting of some rank makes no sense.
     """
-    error = None
-    try:
-        mine = int(wish())
-    except ArgumentError as found:
-        mine, error = -1, found
-    wishes = ranks.gather_words(np.array([mine], np.int64), "agreeing to share memory")[:, 0]
-    if error is not None:
-        raise error
-    if (wishes < 0).any():
-        raise ArgumentError(f"rank {int(wishes.argmin())} refused its {SWITCH}; see what it says")
-    return bool(wishes.all())
+    return bool(gather_switch(ranks, environment.SHARED_MEMORY, "agreeing to share memory", wish).all())
 
 
 def make_segment(ranks: Topology, *, small: int = _SMALL, piece: int | None = None) -> Segment | None:

@@ -14,15 +14,16 @@ from mpidl.arrays.view import ArrayView
 from mpidl.errors import ArgumentError, DtypeError
 from mpidl.mpi import datatypes, failure_detector, runtime
 from mpidl.mpi.failure_detector import Channel, Limits
-from mpidl.mpi.placement import Link, Placement, helper_wish, pretended_node_size
+from mpidl.mpi.placement import Link, Placement
 from mpidl.mpi.processes import Process, start_time
 from mpidl.mpi.waiting import WaitGuard, poll
+from mpidl.native import environment
 
 _PIECE = 1 << 30  # elements (or bytes) per MPI call: counts of MPI-3 bindings end at 2^31 - 1
 
 
 class Topology:
-    """A communicator of mpidl's own: `data` for arrays, a channel for notices and small words of agreement.
+    """A communicator of mpidl's own: `data` for arrays, `control` for small words, a channel for the failure detector.
 
     Making one is a collective. It is freed by `free`, a collective too, and never by the garbage collector.
     """
@@ -39,7 +40,7 @@ class Topology:
         self.size: int = self.data.size
         self.channel = Channel(mpi, self.control, name, limits)
         self.placement = placement or self._place()
-        self.link: Link | None = None  # found out by who needs it; parts and duplicates have it then
+        self.link: Link | None = None  # measured by `cost_model` when needed; parts and duplicates inherit it
         self.channel.know(self.placement.processes)
 
     def duplicate(self, name: str) -> Topology:
@@ -93,8 +94,8 @@ class Topology:
         return sum(1 for rank in self.node_ranks() if self.placement.cores[rank] & mine)
 
     def spares_cores(self) -> bool:
-        """Whether a helper thread would not take the core of a rank, or MPIDL_HELPER says that there is to be one."""
-        wish = helper_wish()
+        """Whether a progress thread has a core to itself; MPIDL_HELPER may decide otherwise."""
+        wish = environment.HELPER.read()
         return self.ranks_on_my_cores() < len(self.placement.cores[self.rank]) if wish is None else wish
 
     def free(self) -> None:
@@ -109,9 +110,9 @@ class Topology:
             data.Free()
 
     def _drain(self) -> None:
-        """Takes in every notice that was ever sent here.
+        """Takes in every message of the failure detector that was ever sent here.
 
-        MPI gives the number of a freed communicator to the next one, of other ranks, and a notice left over would
+        MPI gives the number of a freed communicator to the next one, of other ranks, and a message left over would
         arrive there: MPICH finds a rank that cannot be, Open MPI writes past the end of its tables.
         """
         sequence = self.begin()
@@ -119,7 +120,7 @@ class Topology:
         expected = np.empty_like(sent)
         request = self.control.Ialltoall(sent, expected)
         self.wait(request, "freeing a communicator", sequence)
-        self.watch("freeing a communicator", sequence).until(lambda: self.channel.drained(expected), request)
+        self.guard("freeing a communicator", sequence).until(lambda: self.channel.drained(expected), request)
 
     # Waiting.
 
@@ -127,14 +128,14 @@ class Topology:
         """Counts one more call on this topology; see `Channel.begin`."""
         return self.channel.begin()
 
-    def watch(self, what: str, sequence: int) -> WaitGuard:
+    def guard(self, what: str, sequence: int) -> WaitGuard:
         """Returns what a wait in call number `sequence` does between two tests of its request; its time begins now."""
         return WaitGuard(self.channel, what, sequence)
 
     def wait(self, request: Any, what: str, sequence: int) -> None:
         """Returns when `request` has completed; see `WaitGuard.wait`."""
         if not request.Test():
-            self.watch(what, sequence).wait(request)
+            self.guard(what, sequence).wait(request)
 
     def barrier(self, what: str) -> None:
         """A polled barrier on the control communicator."""
@@ -238,8 +239,8 @@ class Topology:
         shared.Allreduce(self._mpi.IN_PLACE, lowest, self._mpi.MIN)
         place = shared.rank
         shared.Free()
-        pretended = pretended_node_size()
-        part = place // pretended if pretended else 0
+        node_size = environment.NODE_SIZE.read()
+        part = place // node_size if node_size else 0
         own = start_time(os.getpid()) or 0
         words = self.gather_words(np.array([int(lowest), part, os.getpid(), own], np.int64), "finding nodes")
         keys = [(int(host), int(piece)) for host, piece, _, _ in words]
@@ -276,19 +277,19 @@ def wait_all(topology: Topology, requests: list[Any], what: str, sequence: int, 
     """Waits for several requests, in order; `memory`, on which they work, is kept if a wait is given up."""
     for request in requests:
         if not request.Test():
-            topology.watch(what, sequence).wait(request, (requests, memory))
+            topology.guard(what, sequence).wait(request, (requests, memory))
 
 
 def _duplicate(parent: Any, name: str, channel: Channel | None, limits: Limits) -> Any:
-    """MPI writes the new handle into `made` when the request completes: whoever gives up must keep both."""
+    """MPI writes the new handle into `made` when the request completes: a wait that is given up must keep both."""
     what = f"making the communicator {name}"
     if channel is None:
         made, request = parent.Idup()
         poll(request, what, limits.give_up, (made, request))
     else:
-        watch = WaitGuard(channel, what, channel.begin())
+        guard = WaitGuard(channel, what, channel.begin())
         made, request = parent.Idup()
-        watch.until(request.Test, (made, request))
+        guard.until(request.Test, (made, request))
     return made
 
 

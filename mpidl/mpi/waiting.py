@@ -1,8 +1,8 @@
 """Polled waits with a time limit.
 
 No wait of mpidl blocks inside MPI: between two tests of a request this code lets signals in, gives the core away, and
-now and then looks around: has a peer left, has its process died, does it answer a roll call? What ranks tell each
-other for that stands in `failure_detector`; collectives, words of agreement and data live elsewhere.
+now and then looks around: has a peer left, has its process died, does it answer a roll call? The messages of the
+ranks about that are in `failure_detector`; collectives, words of agreement and data live elsewhere.
 """
 
 from __future__ import annotations

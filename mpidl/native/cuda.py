@@ -11,46 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import cffi
-
 from mpidl.errors import DeviceError, ExtensionError
 from mpidl.native import library as _native
 
 _INTERFACE = 1
 _OWN_STATUSES, _FIRST_CUDA_ERROR = 100, 1000  # below the first they are csrc/include/mpidl.h's
-
-# As in csrc/include/mpidl_cuda.h.
-_ffi = cffi.FFI()
-_ffi.cdef(
-    """
-    typedef struct { int64_t count; double sum_of_squares; int32_t finite; } mpidl_packed;
-    typedef struct mpidl_cuda_table mpidl_cuda_table;
-    int mpidl_cuda_table_make(int device, int64_t segments, const int64_t *counts, const int64_t *offsets,
-                              mpidl_cuda_table **table);
-    int mpidl_cuda_table_free(mpidl_cuda_table *table);
-    int mpidl_cuda_gather(mpidl_cuda_table *table, const uintptr_t *addresses, int source_dtype, uintptr_t flat,
-                          int flat_dtype, double scale, uintptr_t stream, int64_t *ticket);
-    int mpidl_cuda_scatter(mpidl_cuda_table *table, const uintptr_t *addresses, int target_dtype, uintptr_t flat,
-                           int flat_dtype, double scale, uintptr_t stream, int64_t *ticket);
-    int mpidl_cuda_result(mpidl_cuda_table *table, int64_t ticket, mpidl_packed *packed);
-    int mpidl_cuda_allocate(int device, int64_t nbytes, uintptr_t *address);
-    int mpidl_cuda_free(int device, uintptr_t address);
-    int mpidl_cuda_host_allocate(int device, int64_t nbytes, uintptr_t *address);
-    int mpidl_cuda_host_free(int device, uintptr_t address);
-    int mpidl_cuda_copy(int device, uintptr_t to, uintptr_t from, int64_t nbytes, uintptr_t stream);
-    int mpidl_cuda_clear(int device, uintptr_t address, int64_t nbytes, uintptr_t stream);
-    int mpidl_cuda_stream_make(int device, uintptr_t *stream);
-    int mpidl_cuda_stream_free(int device, uintptr_t stream);
-    int mpidl_cuda_event_make(int device, uintptr_t *event);
-    int mpidl_cuda_event_free(int device, uintptr_t event);
-    int mpidl_cuda_event_record(int device, uintptr_t event, uintptr_t stream);
-    int mpidl_cuda_stream_wait(int device, uintptr_t stream, uintptr_t event);
-    int mpidl_cuda_event_wait(int device, uintptr_t event);
-    int mpidl_cuda_event_done(int device, uintptr_t event, int *done);
-    const char *mpidl_cuda_describe(int status);
-    int mpidl_cuda_interface(void);
-    """
-)
 
 #: Calls of one table that can be under way: a result must be read before as many further calls.
 SLOTS: Final = 4
@@ -71,7 +36,8 @@ class Cuda:
         if not path.exists():
             raise ExtensionError(f"mpidl was built without CUDA, so arrays on a device cannot be used: {ADVICE}")
         try:
-            self._library: Any = _ffi.dlopen(str(path))
+            _native.library()  # which has the declarations
+            self._library: Any = _native.ffi.dlopen(str(path))
             found = self._library.mpidl_cuda_interface()
         except (OSError, AttributeError) as error:
             raise ExtensionError(f"mpidl's CUDA library cannot be loaded ({error}): {ADVICE}") from error
@@ -84,13 +50,13 @@ class Cuda:
 
     def make(self, name: str, device: int, *arguments: int) -> int:
         """Calls what makes or asks for something; returns its address or value."""
-        what = _ffi.new("int *" if name == "event_done" else "uintptr_t *")
+        what = _native.ffi.new("int *" if name == "event_done" else "uintptr_t *")
         self._check(name, getattr(self._library, f"mpidl_cuda_{name}")(device, *arguments, what))
         return int(what[0])
 
     def _check(self, name: str, status: int) -> None:
         if status >= _FIRST_CUDA_ERROR:
-            text = _ffi.string(self._library.mpidl_cuda_describe(status)).decode()
+            text = _native.ffi.string(self._library.mpidl_cuda_describe(status)).decode()
             raise DeviceError(f"CUDA failed in mpidl_cuda_{name}: {text} (error {status - _FIRST_CUDA_ERROR})")
         if status:
             raise DeviceError(f"mpidl_cuda_{name} returned the status {status}")
@@ -107,8 +73,8 @@ class Segments:
 
     def __init__(self, cuda: Cuda, device: int, counts: Sequence[int], offsets: Sequence[int]) -> None:
         self._cuda, self._count = cuda, len(counts)
-        made = _ffi.new("mpidl_cuda_table **")
-        sizes, places = _ffi.new("int64_t[]", counts), _ffi.new("int64_t[]", offsets)
+        made = _native.ffi.new("mpidl_cuda_table **")
+        sizes, places = _native.ffi.new("int64_t[]", counts), _native.ffi.new("int64_t[]", offsets)
         cuda._check("table_make", cuda._library.mpidl_cuda_table_make(device, len(counts), sizes, places, made))
         self._table = made[0]
 
@@ -126,7 +92,7 @@ class Segments:
 
     def result(self, ticket: int) -> tuple[int, float, bool]:
         """Waits for a call; returns elements written, the sum of their squares, whether all are finite."""
-        packed = _ffi.new("mpidl_packed *")
+        packed = _native.ffi.new("mpidl_packed *")
         self._cuda._check("result", self._cuda._library.mpidl_cuda_result(self._table, ticket, packed))
         return packed.count, packed.sum_of_squares, bool(packed.finite)
 
@@ -134,7 +100,7 @@ class Segments:
         self, name: str, addresses: Sequence[int], dtypes: tuple[str, str], flat: int, scale: float, stream: int
     ) -> int:
         _native.check_call(self._count, addresses, *dtypes)
-        pointers, ticket = _ffi.new("uintptr_t[]", addresses), _ffi.new("int64_t *")
+        pointers, ticket = _native.ffi.new("uintptr_t[]", addresses), _native.ffi.new("int64_t *")
         codes = [_native.DTYPES.get(dtype, -1) for dtype in dtypes]
         move = getattr(self._cuda._library, f"mpidl_cuda_{name}")
         status = move(self._table, pointers, codes[0], flat, codes[1], scale, stream, ticket)
@@ -146,7 +112,7 @@ class Segments:
 
     def free(self) -> None:
         """Gives the table's memory back, once its calls are through; harmless the second time."""
-        table, self._table = self._table, _ffi.NULL
+        table, self._table = self._table, _native.ffi.NULL
         self._cuda._check("table_free", self._cuda._library.mpidl_cuda_table_free(table))
 
 

@@ -6,7 +6,6 @@ What the calls do stands in csrc/include/mpidl.h. Nothing here knows an array: a
 from __future__ import annotations
 
 import functools
-import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,91 +14,14 @@ from typing import Any, NamedTuple
 import cffi
 
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError
+from mpidl.native import environment
+from mpidl.native.declarations import declarations
 
 _LIBRARY = Path(__file__).with_name("_mpidl.so")
-_INTERFACE = 7
+_INTERFACE = 8
 
-# As in csrc/include/mpidl.h, csrc/include/mpidl_node.h and csrc/include/mpidl_center.h.
+#: Knows the types of csrc/include/*.h once `library` has been called.
 ffi = cffi.FFI()
-ffi.cdef(
-    """
-    typedef struct { int64_t count; double sum_of_squares; int32_t finite; } mpidl_packed;
-    int mpidl_gather(int64_t segments, const uintptr_t *addresses, const int64_t *counts,
-                     const int64_t *offsets, int source_dtype, uintptr_t flat, int flat_dtype,
-                     double scale, mpidl_packed *packed);
-    int mpidl_scatter(int64_t segments, const uintptr_t *addresses, const int64_t *counts,
-                      const int64_t *offsets, int target_dtype, uintptr_t flat, int flat_dtype, double scale,
-                      mpidl_packed *packed);
-    int mpidl_supports(int instructions);
-    int mpidl_use(int instructions);
-    int mpidl_instructions(void);
-    int mpidl_interface(void);
-
-    typedef struct {
-        int32_t wish, streams, turns;
-        int64_t looked;
-        double costs[2];
-    } mpidl_writing;
-    typedef struct {
-        uintptr_t memory;
-        int64_t small_nbytes, piece_nbytes;
-        int32_t rank, ranks;
-        int64_t spin;
-        uint32_t calls, rounds;
-        mpidl_writing writing;
-    } mpidl_node;
-    typedef struct mpidl_job mpidl_job;
-    struct mpidl_job {
-        int64_t words[2];
-        int32_t kind, op, dtype, root;
-        int64_t count, total;
-        double divisor;
-        uintptr_t input, output;
-        int64_t segments;
-        const uintptr_t *addresses;
-        const int64_t *counts, *offsets;
-        int64_t base;
-        double scale;
-        int32_t source_dtype;
-        int32_t finite;
-        int64_t packing, reducing;
-        int32_t phase, agreed, taken, differs;
-        int64_t rounds, staged, produced, consumed, idle_since;
-        mpidl_job *next;
-        int32_t ended, result;
-    };
-    int64_t mpidl_segment_nbytes(int32_t ranks, int64_t small_nbytes, int64_t piece_nbytes);
-    int mpidl_reduce(const uintptr_t *sources, int32_t number, uintptr_t out, int64_t count, int dtype, int op,
-                     double divisor);
-    int mpidl_reduces(int dtype, int op);
-    int mpidl_node_advance(mpidl_node *node, mpidl_job *job, int64_t patience);
-    void mpidl_node_give_up(mpidl_node *node);
-    int mpidl_node_repeat(mpidl_node *node, mpidl_job *job, int64_t number, const void *input, void *output,
-                          int64_t patience);
-    typedef struct mpidl_helper mpidl_helper;
-    mpidl_helper *mpidl_helper_start(mpidl_node *node);
-    void mpidl_helper_give(mpidl_helper *helper, mpidl_job *job);
-    int mpidl_helper_wait(mpidl_helper *helper, mpidl_job *job, int64_t patience);
-    void mpidl_helper_stop(mpidl_helper *helper);
-
-    typedef struct {
-        uintptr_t memory;
-        int64_t count, block;
-        int32_t dtype;
-        uint32_t holder;
-    } mpidl_center;
-    typedef struct {
-        int64_t start, count;
-        uintptr_t values, before, after;
-        double scale;
-        int32_t replaces, waits_for;
-        int64_t done;
-    } mpidl_pass;
-    int64_t mpidl_center_nbytes(int64_t count, int64_t block, int dtype);
-    int mpidl_center_move(const mpidl_center *center, mpidl_pass *pass, int64_t patience);
-    int mpidl_center_take_away(const mpidl_center *center, const mpidl_pass *pass, uint32_t dead);
-    """
-)
 
 #: The code of every dtype that the extension knows.
 DTYPES = {
@@ -138,23 +60,39 @@ def library() -> Any:
         here = source if (_LIBRARY.parents[2] / "setup.py").exists() else ""
         raise ExtensionError(f"mpidl's extension {_LIBRARY} is missing{here}: {advice}")
     try:
-        loaded = ffi.dlopen(str(_LIBRARY))
-        found = loaded.mpidl_interface()
+        found, headers = _itself(_LIBRARY)
     except (OSError, AttributeError) as error:
         raise ExtensionError(f"mpidl's extension cannot be loaded ({error}): {advice}") from error
     if found != _INTERFACE:
         raise ExtensionError(f"mpidl's extension has interface {found}, not {_INTERFACE}: {advice}")
-    wanted = os.environ.get("MPIDL_INSTRUCTIONS")
+    _declare(headers)
+    loaded = ffi.dlopen(str(_LIBRARY))
+    wanted = environment.INSTRUCTIONS.read()
     if wanted:
         _use(loaded, wanted)
     return loaded
+
+
+def _itself(path: Path) -> tuple[int, str]:
+    """What a library says of itself: the number of its interface, and its headers (csrc/include/headers.c)."""
+    two = cffi.FFI()
+    two.cdef("int mpidl_interface(void); extern const char mpidl_headers[];")
+    loaded = two.dlopen(str(path))
+    return loaded.mpidl_interface(), two.string(loaded.mpidl_headers).decode()
+
+
+@functools.cache
+def _declare(headers: str) -> None:
+    ffi.cdef(declarations(headers))
 
 
 def _use(loaded: Any, wanted: str) -> None:
     choices = [name for code, name in enumerate(INSTRUCTIONS) if loaded.mpidl_supports(code)]
     if wanted not in choices:
         why = "which this processor or this build does not run" if wanted in INSTRUCTIONS else "which is not known"
-        raise ArgumentError(f"MPIDL_INSTRUCTIONS is {wanted!r}, {why}: unset it, or set one of {', '.join(choices)}")
+        raise ArgumentError(
+            f"{environment.INSTRUCTIONS.name}={wanted!r}, {why}: expected one of {', '.join(choices)}, or nothing"
+        )
     loaded.mpidl_use(INSTRUCTIONS.index(wanted))
 
 
@@ -188,9 +126,9 @@ def gather(
     Returns:
         Elements written, the sum of their squares, whether all are finite.
     """
-    packed = ffi.new("mpidl_packed *")
+    call, packed = library().mpidl_gather, ffi.new("mpidl_packed *")
     arguments = _common(table, addresses, source_dtype, flat, flat_dtype)
-    status = library().mpidl_gather(*arguments, scale, packed)
+    status = call(*arguments, scale, packed)
     if status:
         fail(status, source_dtype, flat_dtype, scale)
     return packed.count, packed.sum_of_squares, bool(packed.finite)
@@ -200,9 +138,9 @@ def scatter(
     table: Segments, addresses: Sequence[int], target_dtype: str, flat: int, flat_dtype: str, *, scale: float
 ) -> tuple[int, float, bool]:
     """Unpack the buffer at `flat` into the segments at `addresses`; returns what `gather` does."""
-    packed = ffi.new("mpidl_packed *")
+    call, packed = library().mpidl_scatter, ffi.new("mpidl_packed *")
     arguments = _common(table, addresses, target_dtype, flat, flat_dtype)
-    status = library().mpidl_scatter(*arguments, scale, packed)
+    status = call(*arguments, scale, packed)
     if status:
         fail(status, flat_dtype, target_dtype, scale)
     return packed.count, packed.sum_of_squares, bool(packed.finite)

@@ -1,6 +1,6 @@
 """The extension's collectives in shared memory, call by call; what they do stands in csrc/include/mpidl_node.h.
 
-Nothing here knows an array, a communicator or who waits: addresses and counts come checked.
+Nothing here knows arrays, communicators or waiting ranks: addresses and counts come checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def end(memory: int, rank: int, ranks: int, *, small_nbytes: int, piece_nbytes: 
 
 
 def job(
-    words: tuple[int, int],
+    signature: tuple[int, int],
     kind: str,
     dtype: str,
     count: int,
@@ -45,7 +45,7 @@ def job(
 ) -> Any:
     """A call, not yet begun, a C struct; `addresses` are of input and output, `total` is of all blocks if not full."""
     codes = KINDS[kind], OPERATIONS[op], library.DTYPES[dtype]
-    return library.ffi.new("mpidl_job *", (words, *codes, root, count, total, divisor, *addresses))
+    return library.ffi.new("mpidl_job *", (signature, *codes, root, count, total, divisor, *addresses))
 
 
 def pointers(addresses: Sequence[int]) -> Any:
@@ -53,7 +53,7 @@ def pointers(addresses: Sequence[int]) -> Any:
     return library.ffi.new("uintptr_t[]", list(addresses))
 
 
-def read_from_table(
+def read_gather_list(
     one: Any, table: library.Segments, addresses: Any, dtype: str, *, scale: float, base: int = 0
 ) -> None:
     """Makes a job read its input from the segments at `addresses`, from element `base` on.
@@ -104,24 +104,24 @@ def _checked(progress: int, one: Any) -> int:
     return progress
 
 
-def start_helper(node: Any) -> Any:
-    """A thread that moves jobs on, which takes no GIL; None if there cannot be one. Stop it before `node` goes."""
-    return library.library().mpidl_helper_start(node) or None
+def start_progress_thread(node: Any) -> Any:
+    """Starts a thread that moves jobs on and takes no GIL; None if there cannot be one. Stop it before `node` goes."""
+    return library.library().mpidl_progress_thread_start(node) or None
 
 
-def give(helper: Any, one: Any) -> None:
-    """Hands a job to the helper, whose it is until `wait` has said that it ended."""
-    library.library().mpidl_helper_give(helper, one)
+def give(thread: Any, one: Any) -> None:
+    """Hands a job to the progress thread; nobody else may touch the job until `wait` has said that it ended."""
+    library.library().mpidl_progress_thread_give(thread, one)
 
 
-def wait(helper: Any, one: Any, patience: int) -> int:
+def wait(thread: Any, one: Any, patience: int) -> int:
     """Says what has become of a job, after at most `patience` nanoseconds; otherwise as `advance`."""
-    return _checked(library.library().mpidl_helper_wait(helper, one, patience), one)
+    return _checked(library.library().mpidl_progress_thread_wait(thread, one, patience), one)
 
 
-def stop_helper(helper: Any) -> None:
+def stop_progress_thread(thread: Any) -> None:
     """Ends the thread, within milliseconds, in whatever job it is."""
-    library.library().mpidl_helper_stop(helper)
+    library.library().mpidl_progress_thread_stop(thread)
 
 
 def buffers(source: Any, target: Any) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from mpidl.errors import ClosedError, RankFailedError
 from mpidl.mpi import exit_protocol, shared_memory
 from mpidl.mpi.processes import Process
 from mpidl.mpi.topology import Topology
-from mpidl.native import library
+from mpidl.native import center
 
 _BLOCK = 1 << 17  # bytes: with what is added and what is read, three of them stay in a core's cache
 _PATIENCE = 20_000_000  # nanoseconds between two looks at signals and the dead
@@ -39,11 +39,9 @@ class LockedArray:
     def __init__(self, ranks: Topology, count: int, dtype: str, name: str, memory: Any) -> None:
         self._ranks, self._name, self._memory = ranks, name, memory
         self._dtype = np.dtype(dtype)
-        address = int(library.ffi.cast("uintptr_t", library.ffi.from_buffer(memory)))
         block = _BLOCK // self._dtype.itemsize
-        self._center = library.ffi.new("mpidl_center *", (address, count, block, library.DTYPES[dtype], ranks.rank + 1))
+        self._center: Any = center.view(memory, count, block, dtype, ranks.rank + 1)
         self._token = exit_protocol.opened(f"the shared memory of {name}")
-        self._move = library.library().mpidl_center_move
         self.look: Callable[[], None] = lambda: None  # called while this rank waits; raises if another has died
 
     @property
@@ -70,7 +68,7 @@ class LockedArray:
 
     def replace(self, start: int, values: Any) -> None:
         """Puts `values` in the place of the elements from `start` on."""
-        self._pass(start, values.size, values=values, replaces=1)
+        self._pass(start, values.size, values=values, replaces=True)
 
     def read(self, start: int, out: Any) -> None:
         """Copies the elements from `start` on into `out`."""
@@ -94,7 +92,7 @@ class LockedArray:
         holder = self._process(one)
         if holder is None or holder.alive():
             return False
-        if library.library().mpidl_center_take_away(self._center, one, one.waits_for):
+        if not center.take_away(self._center, one, one.waits_for):
             raise RankFailedError(
                 f"rank {one.waits_for - 1} (process {holder.pid}) died while it changed {self._name} around element "
                 f"{one.start + one.done}: that part may be changed by half and is not used any more; go on from the "
@@ -114,7 +112,7 @@ class LockedArray:
         *,
         values: Any = None,
         scale: float = 1.0,
-        replaces: int = 0,
+        replaces: bool = False,
         before: Any = None,
         after: Any = None,
     ) -> None:
@@ -122,12 +120,10 @@ class LockedArray:
             raise ClosedError(f"the shared memory of {self._name} is not open")
         given = [one for one in (values, before, after) if one is not None]
         assert all(one.dtype == self._dtype and one.size == count and one.flags.c_contiguous for one in given)
-        addresses = [0 if one is None else one.ctypes.data for one in (values, before, after)]
-        one = library.ffi.new("mpidl_pass *", (start, count, *addresses, scale, replaces, 0, 0))
+        first, second, third = (0 if one is None else one.ctypes.data for one in (values, before, after))
+        one = center.new_pass(start, count, (first, second, third), scale=scale, replaces=replaces)
         since, done, said = time.monotonic(), -1, False
-        while progress := self._move(self._center, one, _PATIENCE):
-            if progress < 0:
-                library.fail(-progress, "the variable", "the variable", 1.0)
+        while not center.move(self._center, one, _PATIENCE):
             if self._took_away(one):
                 continue
             self.look()
@@ -155,8 +151,8 @@ def map_blocks(ranks: Topology, count: int, dtype: str, *, alone: bool = False) 
         SharedMemoryError: there is not enough of it; alike on all ranks.
     """
     block = _BLOCK // np.dtype(dtype).itemsize
-    nbytes = library.library().mpidl_center_nbytes(count, block, library.DTYPES[dtype])
-    return mmap.mmap(-1, int(nbytes)) if alone or ranks.size == 1 else shared_memory.map_memory(ranks, int(nbytes))
+    nbytes = center.nbytes(count, block, dtype)
+    return mmap.mmap(-1, nbytes) if alone or ranks.size == 1 else shared_memory.map_memory(ranks, nbytes)
 
 
 def possible(ranks: Topology) -> bool:

@@ -18,7 +18,7 @@ from mpidl.arrays import view as arrays
 from mpidl.arrays.view import ArrayView
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError, MismatchError
 from mpidl.mpi import topology
-from mpidl.mpi.agreement import disagreement, number
+from mpidl.mpi.agreement import disagreement, fingerprint
 from mpidl.mpi.topology import Topology
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -111,7 +111,7 @@ def agree(ranks: Topology, what: str, description: dict[str, Any], error: Except
     """
     mine = {_REFUSED: f"{type(error).__name__}: {error}"} if error is not None else description
     payload = json.dumps(mine).encode()
-    if len(set(ranks.gather_bytes(str(number(payload.decode())).encode(), what))) == 1:
+    if len(set(ranks.gather_bytes(str(fingerprint(payload.decode())).encode(), what))) == 1:
         if error is not None:
             raise error
         return

@@ -17,7 +17,7 @@ from torch.utils import _pytree
 from mpidl.collectives import Collectives
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError, ClosedError
-from mpidl.mpi.placement import helper_wish
+from mpidl.native import environment
 from mpidl.optim import state
 from mpidl.optim.optimizer import DistributedOptimizer
 from mpidl.synchronous.reduction.reducer import Reducer
@@ -83,7 +83,7 @@ class Synchronous(DistributedOptimizer):
         super()._broadcast()
         state.broadcast_optimizer(self._ranks, self._inner, 0)
         nbytes = max(1, int(self._bucket_cap_mb * 2**20))
-        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, helper=self._ranks.spares_cores())
+        collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, progress_thread=self._ranks.spares_cores())
         if self._shard:
             self._sharded = Sharded(collectives, self._inner, self._model, self._held, nbytes)
             self._reducer = self._sharded.reducer(self._held, nbytes, self.statistics)
@@ -94,7 +94,7 @@ class Synchronous(DistributedOptimizer):
     def _describe(self) -> dict[str, Any]:
         own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers, "shard": self._shard}
         own["wire_dtype"] = self._wire_dtype
-        helper_wish()
+        environment.HELPER.read()
         if self._shard:
             sharded_state.refuse(self._inner, self._held)
         return own | state.describe_optimizer(self._inner, self._model)

@@ -219,7 +219,7 @@ def test_what_the_stream_still_reads_is_not_overwritten(comm, fake):
 def test_a_child_sees_nothing_of_the_launcher(comm):
     """Or MPI would take it for this rank; what the user set for MPI stays."""
     mine = {**os.environ, "OMPI_MCA_btl": "self", "SLURM_PROCID": "1", "PMIX_RANK": "0"}
-    left = cuda_aware.environment(mine)
+    left = cuda_aware.without_launcher(mine)
     assert left["OMPI_MCA_btl"] == "self"
     assert left["PATH"] == os.environ["PATH"]
     gone = {name for name in mine if name not in left}
@@ -232,7 +232,7 @@ def test_the_program_of_a_child_starts_mpi_alone_and_looks_for_the_device(world_
     done = subprocess.run(
         cuda_aware._command("fake:0"),
         cwd=Path(cuda_aware.__file__).parents[2],
-        env=cuda_aware.environment(os.environ),
+        env=cuda_aware.without_launcher(os.environ),
         capture_output=True,
         text=True,
         check=False,

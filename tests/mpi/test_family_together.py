@@ -30,7 +30,7 @@ def test_exchanges_lose_and_tear_nothing(world_comm):
     """
     comm = world_comm
     ranks = comm.topology.duplicate("test of the exchange")
-    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.service, Beside(locks=True))
+    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Beside(locks=True))
     mine, out, numbers = np.full(ELEMENTS, comm.rank + 1.0), np.empty(ELEMENTS), []
     clock = 0
     for _ in range(SWAPS):
@@ -60,7 +60,7 @@ def test_a_lock_is_given_in_the_order_in_which_it_was_asked_for(world_comm):
     """Fair service: rank 0 holds it until all others have asked, the last rank first; none may overtake another."""
     comm = world_comm
     ranks = comm.topology.duplicate("test of the locks")
-    server = Center(ranks, np.zeros(1), "test", comm.service, Beside(locks=True))
+    server = Center(ranks, np.zeros(1), "test", comm.dedicated_servers, Beside(locks=True))
     (part,) = (part for part in server._order if part.count)
     tickets, out, asked = server._locks._window, np.empty(1), 0
     mine = (comm.size - comm.rank) % comm.size  # 0, then the last rank, ...
@@ -83,7 +83,7 @@ def test_sums_of_squares_count_every_push_in_one_order(world_comm):
     """Integers: sums are exact, and what each push found before itself are the partial sums of one order."""
     comm = world_comm
     ranks = comm.topology.duplicate("test of the sums")
-    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.service, Beside(sums=True))
+    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Beside(sums=True))
     found = [server.add_to_sums(np.full(ELEMENTS, 1.0 + comm.rank)) for _ in range(60)]
     ranks.barrier("all have pushed")
     total = 60 * comm.size * (comm.size + 1) / 2

@@ -19,8 +19,7 @@ import mpidl
 from mpidl.arrays import view
 from mpidl.arrays.packing import Table
 from mpidl.collectives import Collectives, GatherList, cost_model
-from mpidl.collectives.lanes import pipeline as lanes_module
-from mpidl.collectives.lanes import transport
+from mpidl.collectives.lanes import pipeline, transport
 from mpidl.mpi import exit_protocol
 from mpidl.mpi.topology import Topology
 
@@ -41,7 +40,7 @@ def node_size(request: Any) -> int:
 @pytest.fixture
 def comm(comm: mpidl.Communicator, node_size: int, monkeypatch: pytest.MonkeyPatch) -> mpidl.Communicator:
     """A copy, made once, whose ranks lie on several nodes; slices are so small that a call takes many segments."""
-    monkeypatch.setattr(lanes_module, "SLICE", 512)
+    monkeypatch.setattr(pipeline, "SLICE", 512)
     if node_size >= comm.size:
         pytest.skip("one node")
     if comm.size <= RANKS[0] < int(os.environ["MPIDL_TESTS_RANKS"]) or (comm.size, node_size) in SHOWN:
@@ -81,12 +80,12 @@ def test_every_rank_gets_the_reduction(comm: mpidl.Communicator, algorithm: str)
 
 
 @contextmanager
-def calls_by_lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def calls_on_lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What is started on lanes meanwhile."""
     started: list[Any] = []
-    real = lanes_module.Lanes.start
+    real = pipeline.Lanes.start
     with monkeypatch.context() as patched:
-        patched.setattr(lanes_module.Lanes, "start", lambda self, call: (started.append(call), real(self, call))[1])
+        patched.setattr(pipeline.Lanes, "start", lambda self, stages: (started.append(stages), real(self, stages))[1])
         yield started
 
 
@@ -96,7 +95,7 @@ def test_every_rank_gets_its_block(comm: mpidl.Communicator, algorithm: str, mon
         for share in (0, 1, 63, 500):
             inputs = [values(rank, share * comm.size, dtype) for rank in range(comm.size)]
             for op, function in (("sum", np.add), ("max", np.maximum)):
-                with calls_by_lanes(monkeypatch) as started:
+                with calls_on_lanes(monkeypatch) as started:
                     found = comm.reduce_scatter(inputs[comm.rank], op)
                 assert np.array_equal(found, function.reduce(inputs)[comm.rank * share :][:share]), (dtype, share, op)
                 assert len(started) == even  # others are left to MPI
@@ -109,7 +108,7 @@ def test_every_rank_gets_all_blocks(comm: mpidl.Communicator, algorithm: str, mo
     for dtype in ("uint8", "bool", "complex64", "float64"):
         for count in (0, 1, 130, 700):
             inputs = [values(rank, count, "int64").astype(dtype) for rank in range(comm.size)]
-            with calls_by_lanes(monkeypatch) as started:
+            with calls_on_lanes(monkeypatch) as started:
                 found = comm.allgather(inputs[comm.rank])
             assert np.array_equal(found, np.stack(inputs)), (dtype, count)
             assert len(started) == 1
@@ -123,7 +122,7 @@ def test_every_rank_gets_the_roots_data(comm: mpidl.Communicator, algorithm: str
             for root in {0, comm.size // 2, comm.size - 1}:
                 x = values(comm.rank, count, "int64").astype(dtype)
                 x.flags.writeable = comm.rank != root
-                with calls_by_lanes(monkeypatch) as started:
+                with calls_on_lanes(monkeypatch) as started:
                     comm.broadcast(x, root)
                 assert np.array_equal(x, values(root, count, "int64").astype(dtype)), (dtype, count, root)
                 assert len(started) == 1
@@ -139,7 +138,7 @@ def test_ranks_of_a_node_need_not_follow_each_other(comm: mpidl.Communicator, mo
     topology = Topology(comm.topology._mpi, comm.topology.data, "by turns", placement)
     ranks = mpidl.Communicator._over(topology)
     inputs = [values(rank, 4000, "float64") for rank in range(4)]
-    with calls_by_lanes(monkeypatch) as started:
+    with calls_on_lanes(monkeypatch) as started:
         assert np.array_equal(ranks.reduce_scatter(inputs[ranks.rank]), sum(inputs)[ranks.rank * 1000 :][:1000])
         assert len(started) == 1
         assert np.array_equal(ranks.allgather(inputs[ranks.rank]), np.stack(inputs))
@@ -220,7 +219,7 @@ def test_deterministic_choices_ask_no_link(comm: mpidl.Communicator, node_size: 
 def test_a_forced_algorithm_is_taken(comm: mpidl.Communicator, monkeypatch: pytest.MonkeyPatch):
     for forced, expected in (("mpi", 0), ("direct", 1), ("halving_doubling", 1)):
         monkeypatch.setattr(comm._collectives, "forced", forced)
-        with calls_by_lanes(monkeypatch) as taken:
+        with calls_on_lanes(monkeypatch) as taken:
             assert (comm.allreduce(np.ones(10)) == comm.size).all()
         assert len(taken) == expected
 
@@ -249,7 +248,7 @@ def test_an_interrupt_half_way_leaves_no_message_to_be_taken_for_another(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transport.Wire, "send", interrupt)
+    monkeypatch.setattr(transport.Transport, "send", interrupt)
     interrupted, until = False, time.monotonic() + 1
     try:
         request = ranks.start_sum((1, 1), x, out, 1)

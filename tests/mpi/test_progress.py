@@ -44,7 +44,7 @@ def on_nodes_of(
 @pytest.mark.parametrize("count", [ELEMENTS, 1, 0])
 def test_it_runs_exactly_where_a_shard_may_be_needed_from_another_node(comm, count, node_size, monkeypatch):
     with on_nodes_of(comm, node_size, monkeypatch) as copy:
-        server = Center(copy.topology, np.zeros(count), "test", copy.service)
+        server = Center(copy.topology, np.zeros(count), "test", copy.dedicated_servers)
         holds = comm.rank == 0 or count == ELEMENTS  # rank 0 has the clock
         expected = ["mpidl progress of test"] if holds and comm.size > node_size else []
         assert helpers() == expected
@@ -59,7 +59,7 @@ def test_workers_of_dedicated_servers_need_none(world_comm, servers, monkeypatch
     with on_nodes_of(world_comm, 1, monkeypatch, servers) as copy:
         if copy is None:
             return
-        server = Center(copy.topology, np.zeros(ELEMENTS), "test", copy.service)
+        server = Center(copy.topology, np.zeros(ELEMENTS), "test", copy.dedicated_servers)
         assert helpers() == []
         server.commit(np.ones(ELEMENTS))
         copy.barrier()
@@ -72,7 +72,7 @@ def test_workers_of_dedicated_servers_need_none(world_comm, servers, monkeypatch
 def test_it_enters_mpi_again_and_again(world_comm, monkeypatch):
     """What it tests is completed for once: nobody but the thread looks at that request."""
     with on_nodes_of(world_comm, 1, monkeypatch) as copy:
-        server = Center(copy.topology, np.zeros(ELEMENTS), "test", copy.service)
+        server = Center(copy.topology, np.zeros(ELEMENTS), "test", copy.dedicated_servers)
         mpi, ranks, progress = runtime.mpi(), server._ranks, server._progress
         assert progress._request != mpi.REQUEST_NULL
         sent = ranks.data.Isend([np.zeros(1, np.uint8), mpi.BYTE], dest=ranks.rank, tag=9)

@@ -32,7 +32,7 @@ ELEMENTS = 1003  # shards of unequal size, on every number of ranks
 
 def server_on(comm, initial=None):
     ranks: Topology = comm.topology.duplicate("test of the server")
-    return ranks, Center(ranks, np.zeros(ELEMENTS) if initial is None else initial, "test", comm.service)
+    return ranks, Center(ranks, np.zeros(ELEMENTS) if initial is None else initial, "test", comm.dedicated_servers)
 
 
 def close(ranks, server):
@@ -215,12 +215,12 @@ def test_several_centers_at_once_and_in_turn(world_comm):
         ranks.barrier("test")
 
     ranks, total = comm.topology.duplicate("test"), sum(r + 1 for r in range(comm.size))
-    one, two = (Center(ranks, np.zeros(ELEMENTS), name, comm.service) for name in ("one", "two"))
+    one, two = (Center(ranks, np.zeros(ELEMENTS), name, comm.dedicated_servers) for name in ("one", "two"))
     mine = np.full(ELEMENTS, comm.rank + 1.0)
     one.commit(mine), two.commit(mine), two.commit(mine)
     committed(one, 1), committed(two, 2)
     one.close()
-    three = Center(ranks, np.zeros(ELEMENTS), "three", comm.service)
+    three = Center(ranks, np.zeros(ELEMENTS), "three", comm.dedicated_servers)
     three.commit(mine), two.commit(mine)
     committed(two, 3), committed(three, 1)
     two.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from launching import MPIDL, Result, run_ranks
 
 from mpidl.cli.bench.results import read
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CONTENDERS = {
     "import": {"python", "import mpidl"},
     "pack": {"mpidl.pack", "mpidl.unpack", "packing.Table", "memcpy", "torch flatten", "torch.cat", "torch foreach"},
@@ -28,11 +26,7 @@ CONTENDERS = {
 
 
 def bench(benchmark: str, ranks: int, output: Path) -> Result:
-    if benchmark == "allreduce":  # as a program of the checkout
-        command = [sys.executable, str(BENCHMARKS / "allreduce.py")]
-    else:
-        command = [MPIDL, "bench", benchmark]
-    return run_ranks(ranks, [*command, "--quick", "--output", str(output)], timeout=240)
+    return run_ranks(ranks, [MPIDL, "bench", benchmark, "--quick", "--output", str(output)], timeout=240)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ import numpy as np, mpidl
 from mpidl.parameter_server.center.center import Center
 comm, done = mpidl.world(servers=int(sys.argv[1])), Path(sys.argv[2])
 assert comm.nodes == comm.size
-server = Center(comm.topology, np.zeros(1000), "planted", comm.service, protocol=sys.argv[3] or None)
+server = Center(comm.topology, np.zeros(1000), "planted", comm.dedicated_servers, protocol=sys.argv[3] or None)
 comm.barrier()
 deadline = time.monotonic() + 30
 if comm.rank == 0:

@@ -103,7 +103,7 @@ def test_without_a_launcher_it_names_the_one_that_run_would_use() -> None:
 def test_instructions_that_packing_does_not_have_are_a_failure() -> None:
     done = alone(MPIDL_INSTRUCTIONS="sse9")
     assert done.returncode == 1
-    assert "FAIL  extension: MPIDL_INSTRUCTIONS is 'sse9', which is not known: unset it, or set one of" in done.stdout
+    assert "FAIL  extension: MPIDL_INSTRUCTIONS='sse9', which is not known: expected one of" in done.stdout
 
 
 @pytest.mark.any_mpi

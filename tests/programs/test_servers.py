@@ -164,10 +164,10 @@ import os, signal, time, numpy as np, mpidl
 from mpidl.parameter_server.center.center import Center
 comm = mpidl.world(servers=1)
 if comm.rank == 0:
-    os.kill(comm.service.whole.placement.processes[2].pid, signal.SIGSTOP)
+    os.kill(comm.dedicated_servers.whole.placement.processes[2].pid, signal.SIGSTOP)
 comm.barrier()
 try:
-    Center(comm.topology, np.zeros(3), "planted", comm.service)
+    Center(comm.topology, np.zeros(3), "planted", comm.dedicated_servers)
 except mpidl.StalledError as error:
     print(f"rank {comm.rank} got: {error}", flush=True)
     time.sleep(0.5)

@@ -26,6 +26,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     same_bits = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
     headers = [f"-I{HEADERS}", f"-I{CSRC}", "-include", str(HEADERS / "supported.h")]
     sources = [*map(str, sorted(CSRC.glob("kernels/*.c"))), str(CSRC / "packing/packing.c")]
+    sources += [f'-DMPIDL_HEADERS="{CSRC / "include"}"', str(CSRC / "include/headers.c")]
     command = ["gcc", *flags, *same_bits, *headers, "-o", str(target), *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

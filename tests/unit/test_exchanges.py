@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mpidl.collectives.lanes import direct, halving_doubling, transport
-from mpidl.collectives.lanes.transport import Exchange, Scratch, Wire, cut
+from mpidl.collectives.lanes.transport import Exchange, Scratch, Transport, cut
 from mpidl.collectives.tasks import RunningTask, Task
 
 ALGORITHMS: dict[str, Exchange] = {"direct": direct, "halving_doubling": halving_doubling}
@@ -31,7 +31,7 @@ class Network:
 
 
 class End:
-    """What a wire needs of a topology."""
+    """What a transport needs of a topology."""
 
     def __init__(self, network: Network, rank: int) -> None:
         self._network, self.rank = network, rank
@@ -68,7 +68,9 @@ def exchanged(
     algorithm: str, values: list[np.ndarray[Any, Any]], op: str, divisor: float = 1.0, wire_dtype: str = ""
 ) -> Network:
     return in_all_places(
-        len(values), lambda wire: ALGORITHMS[algorithm].allreduce(wire, values[wire.place], op, divisor), wire_dtype
+        len(values),
+        lambda transport: ALGORITHMS[algorithm].allreduce(transport, values[transport.place], op, divisor),
+        wire_dtype,
     )
 
 
@@ -79,16 +81,18 @@ def scattered(
     copies = [x.copy() for x in values]
     out = [np.empty(x.size // len(values), x.dtype) for x in values]
 
-    def run(wire: Wire) -> Task:
-        return ALGORITHMS[algorithm].reduce_scatter(wire, copies[wire.place], out[wire.place], op, divisor)
+    def run(transport: Transport) -> Task:
+        return ALGORITHMS[algorithm].reduce_scatter(
+            transport, copies[transport.place], out[transport.place], op, divisor
+        )
 
     return in_all_places(len(values), run, wire_dtype), out
 
 
-def in_all_places(size: int, run: Callable[[Wire], Task], wire_dtype: str = "") -> Network:
+def in_all_places(size: int, run: Callable[[Transport], Task], wire_dtype: str = "") -> Network:
     dice, network = random.Random(size), Network(size)
-    ends = [Wire(end, range(size), Scratch(), 1, wire_dtype) for end in network.ends]  # type: ignore[arg-type]
-    runs = [RunningTask(run(wire)) for wire in ends]
+    ends = [Transport(end, range(size), Scratch(), 1, wire_dtype) for end in network.ends]  # type: ignore[arg-type]
+    runs = [RunningTask(run(transport)) for transport in ends]
     for _ in range(10_000):
         left = [run for run in runs if not run.Test()]
         if not left:
@@ -173,7 +177,9 @@ def test_an_allgather_brings_every_block_everywhere(algorithm: str, size: int, m
         values = [np.zeros_like(expected) for _ in range(size)]
         for place, x in enumerate(values):
             x[place * share :][:share] = expected[place * share :][:share]
-        network = in_all_places(size, lambda wire, x=values: ALGORITHMS[algorithm].allgather(wire, x[wire.place]))
+        network = in_all_places(
+            size, lambda transport, x=values: ALGORITHMS[algorithm].allgather(transport, x[transport.place])
+        )
         assert all(np.array_equal(x, expected) for x in values)
         if algorithm == "direct" or size in (2, 4, 8):
             assert network.nbytes == size * (size - 1) * share
@@ -185,7 +191,9 @@ def test_a_broadcast_brings_roots_values_everywhere(size: int) -> None:
         for root in (0, size // 2, size - 1):
             values = [whole_numbers(place, count, "int32") for place in range(size)]
             expected = values[root].copy()
-            in_all_places(size, lambda wire, x=values, root=root: direct.broadcast(wire, x[wire.place], root))
+            in_all_places(
+                size, lambda transport, x=values, root=root: direct.broadcast(transport, x[transport.place], root)
+            )
             assert all(np.array_equal(x, expected) for x in values)
 
 

@@ -1,6 +1,6 @@
-"""The protocol of docs/flag_protocol.md, in every order in which three ranks can take their turns.
+"""The protocol of docs/flag_protocol.md, in every order in which three ranks can go through their phases.
 
-A model, not the code: one turn of a rank is the beginning or the end of reading or writing a piece, and any rank may be
+A model, not the code: one move of a rank is the beginning or the end of reading or writing a piece, and any rank may be
 next. Every state that can be reached is looked at. A reader must find what it came for when it begins and when it ends;
 and somebody must always be able to go on. That the rules are tight is shown by planting faults in them.
 """
@@ -82,12 +82,12 @@ class Model:
 
     def next(self, state: State) -> Iterator[State]:
         for me in range(RANKS):
-            yield from self.turns(state, me)
+            yield from self.moves(state, me)
 
     def others(self, me: int) -> list[int]:
         return [rank for rank in range(RANKS) if rank != me]
 
-    def turns(self, state: State, me: int) -> Iterator[State]:
+    def moves(self, state: State, me: int) -> Iterator[State]:
         rank = state.ranks[me]
         if rank.call == len(self.script):
             return

@@ -38,7 +38,7 @@ class Ranks:
         sizes = {"small_nbytes": small, "piece_nbytes": piece, "spin": 0}
         self.ends = [node.end(aligned, rank, size, **sizes) for rank in range(size)]
         for rank, end in enumerate(self.ends):
-            end.writing.wish = (rank + size) % 3  # past the caches or not, as others do or not
+            end.store_policy.wish = (rank + size) % 3  # past the caches or not, as others do or not
         self.dice = random.Random(size)
         self.calls = 0
 

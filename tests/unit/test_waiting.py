@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from mpidl.errors import ArgumentError, StalledError
-from mpidl.mpi.failure_detector import seconds_from_environment
+from mpidl.errors import StalledError
 from mpidl.mpi.processes import Process, start_time
 from mpidl.mpi.waiting import Attention, Backoff, poll
 
@@ -36,17 +35,6 @@ def test_poll_waits_to_the_end_or_to_the_limit() -> None:
         poll(Slow(10**9), "a test", 0.3, owner)
     assert 0.3 <= time.monotonic() - began < 3
     assert sys.getrefcount(owner) == kept + 1
-
-
-def test_seconds_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MPIDL_TIMEOUT", raising=False)
-    assert seconds_from_environment("MPIDL_TIMEOUT", 7.0) == 7.0
-    monkeypatch.setenv("MPIDL_TIMEOUT", "2.5")
-    assert seconds_from_environment("MPIDL_TIMEOUT", 7.0) == 2.5
-    for text in ("0", "-1", "soon", "nan"):
-        monkeypatch.setenv("MPIDL_TIMEOUT", text)
-        with pytest.raises(ArgumentError, match="MPIDL_TIMEOUT="):
-            seconds_from_environment("MPIDL_TIMEOUT", 7.0)
 
 
 def test_backoff_spins_first_and_sleeps_later() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from mpidl.cli.launch.run import TERMINAL_VARIABLE
+from mpidl.native import environment
 
 _OPTIONS = (
     click.option("--quick", is_flag=True, help="A few rounds of small cases: shows that everything works, no figure."),
@@ -58,11 +57,10 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 def _measure(benchmark: str, options: dict[str, Any]) -> None:
     from mpidl.cli.bench import session
 
-    columns = os.environ.get(TERMINAL_VARIABLE, "")
     settings = session.Settings(
         benchmark=benchmark,
         command=_command(benchmark, **options),
-        terminal_columns=int(columns) if columns.isdigit() and int(columns) > 0 else None,
+        terminal_columns=environment.TERMINAL.read(),
         **options,
     )
     raise SystemExit(session.run(settings))

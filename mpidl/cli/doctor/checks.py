@@ -144,10 +144,10 @@ def device_memory(world: Communicator) -> Finding:
 def _device_complaint() -> str:
     """Why this rank cannot use a GPU, or empty."""
     from mpidl.arrays import devices
-    from mpidl.mpi import cuda_aware
+    from mpidl.native import environment
 
     try:
-        cuda_aware.setting()
+        environment.CUDA_AWARE.read()
         devices.Memory(devices.named(_DEVICE), 1)
     except (ArgumentError, DeviceError, ExtensionError) as error:
         return str(error)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.cli.doctor.finding import Finding
 from mpidl.errors import LauncherError
+from mpidl.native.environment import NODE_SIZE
 
 if TYPE_CHECKING:
     from mpidl.collectives.communicator import Communicator
@@ -143,8 +144,8 @@ def against_allocation(sizes: Iterable[int], environ: Mapping[str, str]) -> tupl
     """
     seen = sorted(sizes)
     text = f"{_spread(seen)} (nodes x ranks)"
-    if environ.get("MPIDL_NODE_SIZE"):
-        return "ok", f"{text}, pretended by MPIDL_NODE_SIZE"
+    if NODE_SIZE.text(environ):
+        return "ok", f"{text}, pretended by {NODE_SIZE.name}"
     found = started(environ)
     if found is not None and found.plugin is not None and found.size == sum(seen):
         placed = sorted(tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "")))

@@ -14,8 +14,7 @@ import click
 
 from mpidl.cli.launch.launcher import Launch, plan
 from mpidl.cli.launch.supervisor import supervise
-
-TERMINAL_VARIABLE = "MPIDL_TERMINAL"  # columns of the terminal that rank 0's stderr ends in, behind mpirun's pipe
+from mpidl.native import environment
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -35,11 +34,11 @@ def command(ranks: int, program: tuple[str, ...]) -> None:
     """
     launch = plan(ranks, program)
     click.echo(_line(launch), err=True)
-    environment = {**os.environ, **launch.environment}
+    environ = {**os.environ, **launch.environment}
     if sys.stderr.isatty():
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # some terminals do not know
-        environment.setdefault(TERMINAL_VARIABLE, str(columns))
-    raise SystemExit(supervise(launch.argv, environment))
+        environ.setdefault(environment.TERMINAL.name, str(columns))
+    raise SystemExit(supervise(launch.argv, environ))
 
 
 def _line(launch: Launch) -> str:

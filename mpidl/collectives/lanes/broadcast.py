@@ -1,95 +1,55 @@
 """Broadcast by lanes: root's node gets the data, its leaders bring slices to those of other nodes, nodes gather them.
 
-Everything is sent from where the data lie, and received where they are wanted.
+All is sent from where the data lie, and received where the data are wanted.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from mpidl.arrays import view
 from mpidl.arrays.view import ArrayView
-from mpidl.collectives.lanes import direct
-from mpidl.collectives.lanes import pipeline as by_lanes
-from mpidl.collectives.lanes.pipeline import AHEAD, Laned, Lanes, NodeJob, Nothing
-from mpidl.collectives.lanes.transport import Values
-from mpidl.collectives.node import Part
-from mpidl.collectives.tasks import Task
+from mpidl.collectives.lanes import direct, pipeline
+from mpidl.collectives.lanes.pipeline import LaneCall, Lanes, Stages, node_of, signature_of_part
+from mpidl.collectives.lanes.transport import Transport, Values
+from mpidl.collectives.tasks import Completed, Reduction, Task
 
 _LINE = 64  # bytes
 
 
-@dataclass(frozen=True)
-class Broadcast:
-    """What one broadcast does.
+def broadcast(lanes: Lanes, signature: tuple[int, int], memory: ArrayView, root: int) -> LaneCall:
+    """Starts a broadcast.
 
-    Attributes:
-        words: which call it is, alike on all ranks.
+    Args:
+        lanes: whose leaders exchange.
+        signature: of the call, alike on all ranks.
         memory: root's data, or where they go; of any dtype.
         root: whose data.
     """
+    node, flat = node_of(lanes), view.as_numpy(memory).view(np.uint8)
+    parts = lanes.parts(flat.size, pipeline.SLICE * lanes.number, _LINE)
+    nodes = lanes.topology.placement.nodes
+    home = [rank for rank, number in enumerate(nodes) if number == nodes[root]]  # root's node
+    at_home = lanes.topology.rank in home
+    root_node = next((place for place, rank in enumerate(lanes.peers) if rank in home), 0)
 
-    words: tuple[int, int]
-    memory: ArrayView
-    root: int
+    def own_slice(index: int) -> Values:
+        return flat[lanes.own_slice(parts[index])]
 
+    def before(index: int) -> Reduction:
+        if not at_home:
+            return Completed()
+        start, count, _ = parts[index]
+        part = view.view(flat[start : start + count])
+        return node.broadcast(signature_of_part(signature, index), part, home.index(root))
 
-def broadcast(lanes: Lanes, what: Broadcast) -> LanedBroadcast:
-    """Starts a broadcast."""
-    started = LanedBroadcast(lanes, what)
-    lanes.start(started)
-    return started
+    def exchange(transport: Transport, index: int) -> Task:
+        yield from direct.broadcast(transport, own_slice(index), root_node)
 
-
-class LanedBroadcast(Laned):
-    """One broadcast under way."""
-
-    what = "a broadcast across nodes"
-
-    def __init__(self, lanes: Lanes, what: Broadcast) -> None:
-        assert lanes.node is not None
-        self._broadcast, self._node = what, lanes.node
-        self._flat = view.as_numpy(what.memory).view(np.uint8)
-        self._receive = view.view(self._flat)
-        nodes, number = lanes.topology.placement.nodes, lanes.number
-        home = [rank for rank, node in enumerate(nodes) if node == nodes[what.root]]
-        self._home, self._root_place = lanes.topology.rank in home, home.index(what.root)
-        self._root_node = next((place for place, rank in enumerate(lanes.peers) if rank in home), 0)
-        segment, count = by_lanes.SLICE * number, self._flat.size
-        pieces = [(start, min(segment, count - start)) for start in range(0, count, segment)]
-        self._parts = [Part(start, n, -(-n // (number * _LINE)) * _LINE) for start, n in pieces]
-        super().__init__(lanes, len(pieces))
-
-    def _slice(self, index: int) -> Values:
-        part = self._parts[index]
-        start, stop = (min(place * part.block, part.count) for place in (self._lanes.place, self._lanes.place + 1))
-        return self._flat[part.start + start : part.start + stop]
-
-    def _begin(self) -> None:
-        pass
-
-    def _words(self, index: int) -> tuple[int, int]:
-        return self._broadcast.words[0], self._broadcast.words[1] + index
-
-    def _start_before(self, index: int) -> NodeJob:
-        if not self._home:
-            return Nothing()
-        start, count, _ = self._parts[index]
-        whole = view.view(self._flat[start : start + count])
-        return self._node.broadcast(self._words(index), whole, self._root_place)
-
-    def _exchange(self, index: int) -> Task:
-        wire = self._lanes.wire(index % AHEAD)
-        yield from direct.broadcast(wire, self._slice(index), self._root_node)
-        wire.end()
-
-    def _start_after(self, index: int) -> list[NodeJob]:
-        if self._home:
+    def after(index: int) -> list[Reduction]:
+        if at_home:
             return []
-        mine = view.view(self._slice(index))
-        return [self._node.allgather_part(self._words(index), mine, self._parts[index], self._receive)]
+        part = signature_of_part(signature, index)
+        return [node.allgather_part(part, view.view(own_slice(index)), parts[index], view.view(flat))]
 
-    def _end(self) -> None:
-        pass
+    return lanes.start(Stages("a broadcast across nodes", len(parts), before, exchange, after))

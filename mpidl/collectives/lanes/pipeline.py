@@ -1,21 +1,23 @@
 """Calls of ranks on several nodes: every rank of a node leads one slice of the data across the network.
 
-Segment by segment: the node does something before (reduces and scatters among its leaders), each leader exchanges its
-slice with those of the other nodes, the node does something after (gathers the results). While one segment is on the
-network, nodes work on its neighbours. What is done before and after makes the collective, one file each; how slices are
-exchanged is in `direct` and `halving_doubling`; what nodes do stands in csrc/node/schedule.c.
+The data are cut in segments. With each segment the node does something before (it reduces and scatters among its
+leaders), each leader exchanges its slice with the leaders of the same slice on other nodes, and the node does something
+after (it gathers the results). While one segment is on the network, nodes work on its neighbours. A collective is what
+its nodes do before and after: `Stages`, one file each. How slices are exchanged is in `direct` and `halving_doubling`,
+what nodes do in csrc/node/schedule.c.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from mpidl.collectives.lanes.transport import Scratch, Wire
-from mpidl.collectives.node import Node
-from mpidl.collectives.tasks import RunningTask, Task
+import numpy as np
+
+from mpidl.collectives.lanes.transport import Scratch, Transport, Values
+from mpidl.collectives.node import Node, Part
+from mpidl.collectives.tasks import Reduction, RunningTask, Task
 from mpidl.errors import MismatchError
 from mpidl.mpi.topology import Topology
 
@@ -41,23 +43,38 @@ class Lanes:
         self.topology, self.node, self.peers = topology, node, peers
         self.place, self.number, self._tag = place, number, tag
         self.scratch = Scratch()
-        self._queue: deque[Laned] = deque()
+        self._queue: deque[LaneCall] = deque()
 
     @property
     def leads(self) -> bool:
         """Whether this rank leads a slice; on a larger node some do not."""
         return self.place < self.number
 
-    def wire(self, tag: int, wire_dtype: str = "") -> Wire:
-        """Returns what an exchange stands on; `tag` tells it from others under way."""
-        return Wire(self.topology, self.peers, self.scratch, self._tag + tag, wire_dtype)
+    def part(self, start: int, count: int, line: int) -> Part:
+        """Returns `count` elements from `start` on with one block for each leader; a block is a multiple of `line`."""
+        return Part(start, count, -(-count // (self.number * line)) * line)
 
-    def start(self, call: Laned) -> None:
+    def parts(self, count: int, segment: int, line: int) -> list[Part]:
+        """Cuts `count` elements in segments of `segment` elements; see `part`."""
+        return [self.part(start, min(segment, count - start), line) for start in range(0, count, segment)]
+
+    def own_slice(self, part: Part) -> slice:
+        """Returns which elements this rank leads; none where the blocks before hold them all."""
+        first, last = (min(place * part.block, part.count) for place in (self.place, self.place + 1))
+        return slice(part.start + first, part.start + last)
+
+    def transport(self, tag: int, wire_dtype: str = "") -> Transport:
+        """Returns what an exchange sends and receives by; `tag` tells the exchange from others under way."""
+        return Transport(self.topology, self.peers, self.scratch, self._tag + tag, wire_dtype)
+
+    def start(self, stages: Stages) -> LaneCall:
         """Starts a call, behind those that were started before."""
+        call = LaneCall(self, stages)
         self._queue.append(call)
         self.move(call, patient=False)
+        return call
 
-    def move(self, target: Laned, *, patient: bool) -> bool:
+    def move(self, target: LaneCall, *, patient: bool) -> bool:
         """Moves the oldest on, and those behind it once it has ended, until `target` has; returns whether it has."""
         try:
             while self._queue and not target.done:
@@ -65,7 +82,7 @@ class Lanes:
                     return False
                 self._queue.popleft()
         except BaseException:  # a signal: messages may be half sent, which the next call would take for its own
-            self.topology.channel.give_up(target.what, (self, target))
+            self.topology.channel.give_up(target.name, (self, target))
             raise
         return target.done
 
@@ -77,82 +94,76 @@ def lanes_of_nodes(topology: Topology, node: Node, tag: int) -> Lanes:
     return Lanes(topology, node, topology.lane_ranks(), place=place, number=number, tag=tag)
 
 
-class NodeJob(Protocol):
-    """What a node does, a request; `in_node.Job` is one."""
+class SliceMemory:
+    """Memory for the slices of the segments under way; a slot is taken when it is first used.
 
-    differs: bool
+    Args:
+        scratch: where memory comes from.
+        dtype: of the elements.
+    """
 
-    def Test(self) -> bool:  # noqa: N802  # as MPI names it
-        """Moves on without waiting."""
+    def __init__(self, scratch: Scratch, dtype: str) -> None:
+        self._scratch, self._dtype = scratch, np.dtype(dtype)
+        self._slots: dict[int, Values] = {}
 
-    def tried(self) -> bool:
-        """Moves on, and waits for a moment if a peer is late."""
+    def of(self, index: int, count: int) -> Values:
+        """Returns `count` elements for segment number `index`; the first segment has the largest slice."""
+        slot, nbytes = index % AHEAD, count * self._dtype.itemsize
+        if slot not in self._slots:
+            self._slots[slot] = self._scratch.take(nbytes)
+        return self._slots[slot][:nbytes].view(self._dtype)
 
-    @property
-    def finite(self) -> bool:
-        """Whether all that was read is finite, once it has ended."""
-
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Spent on packing, and on reducing and copying."""
-
-
-class Nothing:
-    """What a node does where there is nothing to do."""
-
-    differs, finite, seconds = False, True, (0.0, 0.0)
-
-    def Test(self) -> bool:  # noqa: N802  # as MPI names it
-        return True
-
-    def tried(self) -> bool:
-        return True
+    def free(self) -> None:
+        """Gives all memory back."""
+        for memory in self._slots.values():
+            self._scratch.give_back(memory)
+        self._slots.clear()
 
 
-class Laned(ABC):
-    """One call under way; a request, and the owner of the memory that it works on.
+@dataclass(frozen=True)
+class Stages:
+    """What one collective does with each of its segments, which are counted from 0.
+
+    Attributes:
+        name: of the collective, for messages.
+        segments: how many; none is a call that has nothing to do.
+        before: starts what the node does with a segment before the exchange.
+        exchange: exchanges this rank's slice of a segment; called only where this rank leads a slice.
+        after: starts what the node does with a segment after the exchange, which may be nothing.
+        wire_dtype: in which float32 values travel between nodes; "" for as they are.
+        memory: given back when the call has ended.
+    """
+
+    name: str
+    segments: int
+    before: Callable[[int], Reduction]
+    exchange: Callable[[Transport, int], Task]
+    after: Callable[[int], Sequence[Reduction]]
+    wire_dtype: str = ""
+    memory: SliceMemory | None = None
+
+
+class LaneCall:
+    """One call under way: a `Reduction`, and the owner of the memory that the call works on.
 
     Ordering. All ranks of a node must start the node's jobs in one order: those before the first segments, then in turn
     those after a segment and the one before the segment that takes its slice's memory.
 
-    Args:
-        lanes: whose.
-        segments: how many; none is a call that has nothing to do.
-
     Attributes:
-        what: for messages.
-        done: whether it has ended.
+        name: of the collective, for messages.
+        done: whether the call has ended.
     """
 
-    what: str
+    differs = False  # the ranks agreed on the call before it was started
 
-    def __init__(self, lanes: Lanes, segments: int) -> None:
-        self._lanes, self._segments = lanes, segments
-        self._begun = self.done = False
-        self._before: list[NodeJob] = []
+    def __init__(self, lanes: Lanes, stages: Stages) -> None:
+        self._lanes, self._segments = lanes, stages.segments
+        self._stages: Stages | None = stages
+        self.name, self.done = stages.name, False
+        self._before: list[Reduction] = []
         self._exchanged: list[RunningTask] = []
-        self._after: list[NodeJob] = []
+        self._after: list[Reduction] = []
         self._finished = 0  # segments of which the jobs after were started
-
-    @abstractmethod
-    def _begin(self) -> None:
-        """Takes what the call needs, when its turn has come."""
-
-    @abstractmethod
-    def _start_before(self, index: int) -> NodeJob:
-        """Starts what the node does with a segment before its exchange."""
-
-    @abstractmethod
-    def _exchange(self, index: int) -> Task:
-        """Exchanges a segment's slice; only where this rank leads one."""
-
-    @abstractmethod
-    def _start_after(self, index: int) -> list[NodeJob]:
-        """Starts what the node does with a segment after its exchange, which may be nothing."""
-
-    @abstractmethod
-    def _end(self) -> None:
-        """Gives back what was taken."""
 
     def Test(self) -> bool:  # noqa: N802  # as MPI names it
         """Moves on without waiting."""
@@ -164,7 +175,7 @@ class Laned(ABC):
 
     @property
     def finite(self) -> bool:
-        """Whether all that was read from a table is finite, once the request has completed."""
+        """Whether all that was read by a gather list is finite, once the request has completed."""
         return all(job.finite for job in self._before)
 
     @property
@@ -175,28 +186,32 @@ class Laned(ABC):
 
     def advance(self, *, patient: bool) -> bool:
         """Moves this call on; returns whether it has completed. Only for the oldest."""
-        if not self._begun:
-            self._begin()
-            self._begun = True
-            for index in range(min(AHEAD, self._segments)):
-                self._before.append(self._start_before(index))
+        stages = self._stages
+        assert stages is not None
+        if not self._before:
+            self._before += [stages.before(index) for index in range(min(AHEAD, self._segments))]
         while self._finished < self._segments:
-            if not self._is_exchanged(self._finished, patient):
+            if not self._is_exchanged(stages, self._finished, patient):
                 return False
-            self._after += self._start_after(self._finished)
+            self._after += stages.after(self._finished)
             self._finished += 1
             if len(self._before) < self._segments:
-                self._before.append(self._start_before(len(self._before)))
+                self._before.append(stages.before(len(self._before)))
         if self._after and not (self._after[-1].tried() if patient else self._after[-1].Test()):
             return False
         for job in self._after:
             self._check(job)
-        self._exchanged.clear()
-        self._end()
-        self.done = True
+        self._end(stages)
         return True
 
-    def _is_exchanged(self, index: int, patient: bool) -> bool:
+    def _end(self, stages: Stages) -> None:
+        """Lets go of all memory: what was sent, a model's gradients say, is the user's alone again."""
+        self._exchanged.clear()
+        if stages.memory is not None:
+            stages.memory.free()
+        self._stages, self.done = None, True
+
+    def _is_exchanged(self, stages: Stages, index: int, patient: bool) -> bool:
         """Moves the exchanges on, starts those whose slice is there; returns whether number `index` has ended."""
         for exchange in self._exchanged[index:]:
             exchange.Test()
@@ -208,17 +223,28 @@ class Laned(ABC):
             if not (following.tried() if patient and idle else following.Test()):
                 break
             self._check(following)
-            number = len(self._exchanged)
-            self._exchanged.append(RunningTask(self._exchange(number) if self._lanes.leads else _nothing()))
+            self._exchanged.append(RunningTask(self._exchange(stages, len(self._exchanged))))
             self._exchanged[-1].Test()
         return len(self._exchanged) > index and self._exchanged[index].Test()
 
-    def _check(self, job: NodeJob) -> None:
-        """What ranks call was agreed on before, so that their words cannot differ; if they do, nothing was moved."""
+    def _exchange(self, stages: Stages, index: int) -> Task:
+        if self._lanes.leads:
+            transport = self._lanes.transport(index % AHEAD, stages.wire_dtype)
+            yield from stages.exchange(transport, index)
+            transport.end()
+
+    def _check(self, job: Reduction) -> None:
+        """The ranks agreed on the call before, so that the signatures cannot differ; if they do, nothing was moved."""
         if job.differs:
-            raise MismatchError(f"ranks of a node came to different parts of {self.what}; this is a fault of mpidl's")
+            raise MismatchError(f"ranks of a node came to different parts of {self.name}; this is a fault of mpidl's")
 
 
-def _nothing() -> Task:
-    """Task of which there are none."""
-    yield from ()
+def signature_of_part(signature: tuple[int, int], part: int) -> tuple[int, int]:
+    """Returns the signature of one of a call's parts, alike on all ranks of a node."""
+    return signature[0], signature[1] + part
+
+
+def node_of(lanes: Lanes) -> Node:
+    """Returns the node's ranks, which share memory; lanes of ranks that are alone carry out reduce-scatters only."""
+    assert lanes.node is not None
+    return lanes.node

@@ -8,14 +8,15 @@ each other.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from mpidl.arrays.packing import Table
 from mpidl.arrays.view import ArrayView
 from mpidl.collectives.gather_list import GatherList
 from mpidl.collectives.lanes import direct, halving_doubling
-from mpidl.collectives.lanes.allreduce import Reduction, allreduce
-from mpidl.collectives.lanes.pipeline import Laned, Lanes
-from mpidl.collectives.lanes.reduce_scatter import Scattering, reduce_scatter, strips
+from mpidl.collectives.lanes.allreduce import allreduce
+from mpidl.collectives.lanes.pipeline import LaneCall, Lanes
+from mpidl.collectives.lanes.reduce_scatter import reduce_scatter
 from mpidl.collectives.lanes.transport import Exchange
 from mpidl.mpi.topology import Topology
 from mpidl.native import node as _node
@@ -36,16 +37,25 @@ def possible(topology: Topology, kind: str, memory: ArrayView, op: str) -> bool:
     return kind in ("allreduce", "reduce_scatter") and even and _node.reduces(memory.dtype, op)
 
 
-def start(lanes: Lanes, kind: str, what: Reduction) -> Laned:
-    """Starts an allreduce or a reduce_scatter of flat memory."""
-    if kind == "allreduce" or isinstance(what.send, GatherList):
-        return allreduce(lanes, what)
+def reduce(
+    lanes: Lanes,
+    kind: str,
+    signature: tuple[int, int],
+    send: ArrayView,
+    receive: ArrayView,
+    *,
+    op: str,
+    divisor: float,
+    exchange: Exchange,
+) -> LaneCall:
+    """Starts an allreduce or a reduce_scatter of flat memory; `allreduce` says what the arguments are."""
+    if kind == "allreduce":
+        return allreduce(lanes, signature, send, receive, op=op, divisor=divisor, exchange=exchange)
     nodes, seen, places = lanes.topology.placement.nodes, Counter[int](), list[tuple[int, int]]()
     for rank, node in enumerate(nodes):
         places.append((seen[node], rank))
         seen[node] += 1
     blocks = [rank for _, rank in sorted(places)]  # block r is rank r's
-    source = GatherList(Table((what.send.count,), (0,)), [what.send.address], what.send.dtype, 1.0, what.send)
-    cut = strips(source.table, lanes, blocks, what.receive.count, what.receive.itemsize)
-    rest = (what.receive, what.op, what.divisor, what.exchange)
-    return reduce_scatter(lanes, Scattering(what.words, source, cut, *rest))
+    whole = GatherList(Table((send.count,), (0,)), [send.address], send.dtype, 1.0, send)
+    options: dict[str, Any] = {"op": op, "divisor": divisor, "exchange": exchange}
+    return reduce_scatter(lanes, signature, whole, receive, blocks=blocks, **options)

@@ -8,7 +8,6 @@ finds faster. `MPIDL_CENTER=mail|rma` decides without a trial. What each does is
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -16,10 +15,11 @@ import numpy as np
 from mpidl.errors import ArgumentError
 from mpidl.mpi import exit_protocol, runtime, shared_memory
 from mpidl.mpi.topology import Topology
+from mpidl.native import environment
 from mpidl.one_sided import locked_array
 
 NODE, MAIL, RMA = "node", "mail", "rma"
-SWITCH = "MPIDL_CENTER"
+SWITCH = environment.CENTER.name
 _ANY = ("", MAIL, RMA)
 _HOPELESS = 20.0  # times as slow at its first exchange a protocol is not tried again,
 _ENOUGH = 1.0  # if that took so many seconds: connections are made in it
@@ -57,9 +57,7 @@ def choose(ranks: Topology, everyone: Topology, trial: Trial) -> str:
 
 
 def _agreed_wish(ranks: Topology) -> str:
-    wishes = [
-        text.decode() for text in ranks.gather_bytes(os.environ.get(SWITCH, "").encode(), f"agreeing on {SWITCH}")
-    ]
+    wishes = [text.decode() for text in ranks.gather_bytes(environment.CENTER.text().encode(), f"agreeing on {SWITCH}")]
     for rank, wish in enumerate(wishes):
         if wish not in _ANY:
             raise ArgumentError(f"{SWITCH}={wish!r} on rank {rank}: expected mail or rma, or nothing")

@@ -76,7 +76,7 @@ class Worker(FlatParameters):
         self.statistics = Statistics()
         self._lay_out()
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
-        self._server = Center(self._ranks, self._start, type(self).__name__, self.comm.service, self._beside)
+        self._server = Center(self._ranks, self._start, type(self).__name__, self.comm.dedicated_servers, self._beside)
         look = self._server.look
         self._replay = None if self._log is None else Replay(self._log, self._server.clock, self._ranks, look)
         self._pace = SSP(self._server.clock, max_clock_spread, self._server.look)

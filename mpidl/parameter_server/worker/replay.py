@@ -9,7 +9,6 @@ next one FILE.2, and so on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ import numpy as np
 from mpidl.errors import ArgumentError
 from mpidl.mpi.topology import Topology
 from mpidl.mpi.waiting import Backoff
+from mpidl.native import environment
 from mpidl.parameter_server.center.clock import Clock
 
-VARIABLE = "MPIDL_REPLAY"
+VARIABLE = environment.REPLAY.name
 _made = 0  # logs that this process has asked for
 
 
@@ -56,7 +56,7 @@ def log_for(rule: str, workers: int, *, waits: bool) -> Log | None:
             another algorithm or number of workers.
     """
     global _made
-    name = os.environ.get(VARIABLE, "")
+    name = environment.REPLAY.read()
     if not name:
         return None
     if waits:

@@ -292,7 +292,7 @@ class Reducer:
     def close(self) -> None:
         """Takes the hooks off the parameters; no reduction is under way any more."""
         self._buckets.let_go()
-        self._collectives.end_helper()
+        self._collectives.end_progress_thread()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

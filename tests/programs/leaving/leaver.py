@@ -137,10 +137,10 @@ def served(how: str) -> Any:
     from mpidl.parameter_server.center.center import Center
 
     comm = mpidl.world(servers=1)
-    victim = comm.service.whole.placement.processes[2].pid  # type: ignore[union-attr]
+    victim = comm.dedicated_servers.whole.placement.processes[2].pid  # type: ignore[union-attr]
     for name in ("SIGTERM", "SIGINT", "SIGKILL"):
         WAYS[f"server-{name}"] = lambda number=signal.Signals[name]: os.kill(victim, number)
-    center = Center(comm.topology, np.zeros(1000), "planted", comm.service)
+    center = Center(comm.topology, np.zeros(1000), "planted", comm.dedicated_servers)
     began, steps = time.monotonic(), 0
     while time.monotonic() - began < 20:
         if steps == 20 and comm.rank == LEAVER:

@@ -1,4 +1,4 @@
-"""A thread that moves gradients on beside backward: with it the same things hold; imported tests see it only."""
+"""The progress thread moves gradients on during backward: with it the same things hold; imported tests see it only."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_is_there_until_finish(comm: mpidl.Communicator):
 
 
 def test_calls_go_on_while_this_rank_does_something_else(comm: mpidl.Communicator, way: str):
-    ranks = Collectives(comm.topology, helper=os.environ["MPIDL_HELPER"] == "1")
+    ranks = Collectives(comm.topology, progress_thread=os.environ["MPIDL_HELPER"] == "1")
     x, out = np.full(300_000, comm.rank + 1.0), np.empty(300_000)
     comm.barrier()
     request = ranks.start_sum((1, 1), view.view(x), view.view(out), 1)
@@ -66,13 +66,13 @@ def test_calls_go_on_while_this_rank_does_something_else(comm: mpidl.Communicato
     while not request.tried():
         pass
     assert (out == comm.size * (comm.size + 1) / 2).all()
-    ranks.end_helper()
+    ranks.end_progress_thread()
     comm.barrier()
 
 
 def test_one_that_is_dropped_half_way_ends_its_thread(comm: mpidl.Communicator):
     before, topology = threads(), comm.topology.duplicate("a duplicate that nobody frees")
-    ranks = Collectives(topology, helper=os.environ["MPIDL_HELPER"] == "1")
+    ranks = Collectives(topology, progress_thread=os.environ["MPIDL_HELPER"] == "1")
     x = np.ones(300_000)
     if comm.rank == 0:  # the others never come
         ranks.start_sum((1, 1), view.view(x), view.view(np.empty_like(x)), 1)
