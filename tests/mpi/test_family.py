@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from family_helpers import BESIDE, ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, in_turns, one_step, sgd, weight
+from family_helpers import (
+    ELEMENTS,
+    KINDS,
+    OVERLAPPED,
+    Bowl,
+    Slope,
+    center_of,
+    everyone,
+    in_turns,
+    one_step,
+    sgd,
+    weight,
+)
 from training_helpers import assert_alike, batch, loss_of, mlp
 
 import mpidl
@@ -242,11 +254,11 @@ def test_pushes_and_fetches_of_distbelief_have_periods_of_their_own(comm):
 # ------------------------------------------------------------------------------------------------ what all have to do
 
 
-@pytest.mark.parametrize("name", KINDS | BESIDE)
+@pytest.mark.parametrize("name", KINDS | OVERLAPPED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tails_are_committed_and_all_end_alike(comm, name, dtype):
     model = mlp(dtype)
-    with (KINDS | BESIDE)[name](sgd(model, 0.01), model, communication_window=3, comm=comm) as optimizer:
+    with (KINDS | OVERLAPPED)[name](sgd(model, 0.01), model, communication_window=3, comm=comm) as optimizer:
         for step in range(4 + comm.rank):
             optimizer.zero_grad()
             loss_of(model, batch(comm.rank, step, dtype=dtype)).backward()

@@ -16,7 +16,7 @@ from mpidl.one_sided.message_server import MessageServer
 from mpidl.one_sided.window import Plan
 from mpidl.parameter_server.center import center as servers
 from mpidl.parameter_server.center import protocol
-from mpidl.parameter_server.center.center import Beside, Center
+from mpidl.parameter_server.center.center import Center, Requirements
 from mpidl.parameter_server.center.progress_thread import Progress
 
 WITH_OTHERS = True
@@ -97,7 +97,7 @@ def test_a_center_on_two_nodes_is_tried_chosen_and_exact(far_ranks, monkeypatch)
     found = ranks.gather_words(np.array([chosen.protocol == "mail"], np.int64), "test")
     assert len(set(found.ravel())) == 1
     chosen.close()
-    server = Center(ranks, np.arange(float(count)), "test", beside=Beside(sums=True), protocol="mail")
+    server = Center(ranks, np.arange(float(count)), "test", needs=Requirements(sums=True), protocol="mail")
     out, mine = np.empty(count), np.arange(count) % 7 * (ranks.rank + 1.0)
     for _ in range(5):
         server.commit_and_pull(mine, out)

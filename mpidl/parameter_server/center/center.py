@@ -38,8 +38,8 @@ _TRIALS = 4  # exchanges by which protocols are compared; the first one warms up
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What an algorithm needs beside center and clock."""
+class Requirements:
+    """What an algorithm needs of the center besides its elements and the clock."""
 
     locks: bool = False  # of the shards, for `exchange`
     sums: bool = False  # an array like the center, zeros at first, for `add_to_sums`
@@ -54,7 +54,7 @@ class Center:
         name: for messages.
         service: the dedicated servers of these workers, which then hold all shards and the clock; None: the workers
             hold them, each a shard.
-        beside: what else is held, shard by shard, on the same ranks.
+        needs: what else is held, shard by shard, on the same ranks.
         protocol: "node", "mail" or "rma"; None: chosen here.
     """
 
@@ -64,7 +64,7 @@ class Center:
         initial: Flat,
         name: str,
         service: DedicatedServers | None = None,
-        beside: Beside = Beside(),
+        needs: Requirements = Requirements(),
         *,
         protocol: str | None = None,
     ) -> None:
@@ -80,11 +80,11 @@ class Center:
         if protocol is None:
             protocol = protocols.choose(ranks, everyone, lambda one, limit: _trial(ranks, service, one, limit))
         hosts = protocols.hosts_of(protocol, everyone)
-        center, beside_it = (
+        center, with_it = (
             plan_of(f"the {what} of {name}", initial.dtype.name, shards, protocol, hosts) for what in ("center", "sums")
         )
-        locks = [Locks.plan(name, size, owners)] if beside.locks else []
-        sums = [beside_it] if beside.sums else []
+        locks = [Locks.plan(name, size, owners)] if needs.locks else []
+        sums = [with_it] if needs.sums else []
         self._workers, plans = ranks, (clock, center, *locks, *sums)
         self._ranks = service.open(name, plans) if service is not None else ranks  # all that hold or reach it
         self._lookout = Lookout(self._ranks.channel, "")
@@ -145,7 +145,7 @@ class Center:
     ) -> Exchanged:
         """Commits `delta * scale` and pulls, in one pass over the center.
 
-        Args as `commit`, beside:
+        Args as `commit`, and:
             out: receives the center, which holds this commit.
             scale: 1 where something is short.
 

@@ -97,8 +97,8 @@ class Replay:
         self._taken: list[int] = []
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Holds the token during one exchange.
+    def ordered(self) -> Iterator[None]:
+        """The ordered section: holds the token during one exchange of this worker.
 
         Raises:
             ArgumentError: the log has no further exchange of this worker.
