@@ -23,31 +23,31 @@ Check = Callable[[str, object], "ArgumentError | None"]
 
 
 def positive(name: str, value: object) -> ArgumentError | None:
-    """Returns what is wrong with a number that must be above 0."""
+    """Returns an error unless the value is a finite number above 0."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return None
     return ArgumentError(f"{name}={value!r}; expected a number above 0")
 
 
 def not_negative(name: str, value: object) -> ArgumentError | None:
-    """Returns what is wrong with a number that must be 0 or more."""
+    """Returns an error unless the value is a finite number, 0 or more."""
     return None if type(value) in (int, float) and value == 0 else positive(name, value)
 
 
 def whole(name: str, value: object, *, least: int) -> ArgumentError | None:
-    """Returns what is wrong with a whole number that must be `least` or more."""
+    """Returns an error unless the value is a whole number, `least` or more."""
     if type(value) is int and value >= least:
         return None
     return ArgumentError(f"{name}={value!r}; expected a whole number, {least} or more")
 
 
 def whole_from_1(name: str, value: object) -> ArgumentError | None:
-    """Returns what is wrong with a whole number that must be 1 or more."""
+    """Returns an error unless the value is a whole number, 1 or more."""
     return whole(name, value, least=1)
 
 
 def whole_from_0(name: str, value: object) -> ArgumentError | None:
-    """Returns what is wrong with a whole number that must be 0 or more."""
+    """Returns an error unless the value is a whole number, 0 or more."""
     return whole(name, value, least=0)
 
 
@@ -97,12 +97,12 @@ def _check_of(hint: Any) -> Check | None:
 
 
 def plain_sgd(optimizer: Any, rule: str, *, unused: tuple[str, ...] = ()) -> ArgumentError | None:
-    """Returns what is wrong with the optimiser of a rule that works on gradients.
+    """Returns an error unless the optimiser is torch.optim.SGD itself, whose steps a rule on gradients knows.
 
     Args:
-        optimizer: must be torch.optim.SGD itself, whose steps are known.
-        rule: for messages.
-        unused: hyperparameters of SGD that the rule has no meaning for; they must be 0 or False.
+        optimizer: the user's.
+        rule: name of the rule, for messages.
+        unused: hyperparameters of SGD for which the rule has no meaning; they must be 0 or False.
     """
     if type(optimizer) is not torch.optim.SGD:
         return ArgumentError(
