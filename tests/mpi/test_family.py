@@ -236,8 +236,8 @@ def test_pushes_and_fetches_of_distbelief_have_periods_of_their_own(comm):
     """Between two fetches a worker steps on its own; what is pushed is the sum of the gradients, not the move."""
     model = Slope(comm.rank)
     optimizer = mpidl.DistBelief(sgd(model, 0.5, momentum=0.9), model, n_push=2, n_fetch=5, comm=comm)
-    pulls, pull = [], optimizer._pull
-    optimizer._pull = lambda: (pulls.append(optimizer.statistics.steps), pull())[1]
+    pulls, pull = [], optimizer._center.pull
+    optimizer._center.pull = lambda out: (pulls.append(optimizer.statistics.steps), pull(out))[1]
     for step in range(1, 12):
         before = weight(model)
         one_step(model, optimizer)

@@ -34,21 +34,12 @@ class Worker(FlatParameters):
     its hyperparameters in the signature of its constructor, see `mpidl.optim.validation`.
 
     Args:
-        optimizer: takes the local steps; holds parameters of `model` only. Hyperparameters may differ between ranks.
-        model: parameters and buffers are broadcast from rank 0, in place; the center starts from them.
-        communication_window: local steps per exchange.
-        max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP, Ho et al. 2013); None: any
-            number.
-        comm: the ranks that train together; default `mpidl.world()`. The center lies on its servers, if it has any.
-        buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
+        optimizer, model, communication_window, max_clock_spread, comm, buffers: see `mpidl.Downpour`.
         overlap: local steps with which an exchange overlaps; 0: none does.
         own: further hyperparameters of the subclass.
 
     Raises:
-        ArgumentError: optimiser and model do not belong together, or an argument cannot work; alike on all ranks.
-        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
-            on several devices.
-        MismatchError: the ranks gave different models or arguments.
+        ArgumentError, DtypeError, MismatchError: see `mpidl.Downpour`; alike on all ranks.
     """
 
     _needs: ClassVar[Requirements] = Requirements()  # what else the center holds for this algorithm
