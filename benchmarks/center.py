@@ -16,7 +16,7 @@ import numpy as np
 import mpidl
 from mpidl.parameter_server.center.center import Center
 
-PROTOCOLS = ("mail", "rma")
+PROTOCOLS = ("active_message", "rma")
 
 
 def exchanges(comm: mpidl.Communicator, protocol: str, count: int, rounds: int) -> list[float]:

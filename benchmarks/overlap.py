@@ -1,5 +1,5 @@
-"""What a step of asynchronous training costs beside the local one: exchanges that are waited for, and ones that a
-thread makes beside the next local step (`overlap`).
+"""What a step of asynchronous training costs more than a local step: with exchanges that the worker waits for, and with
+exchanges that overlap with the next local step (`overlap`).
 
     tests/slurm/cluster.sh --rate 1gbit -- srun --mpi=pmi2 -N2 --ntasks-per-node=1 python benchmarks/overlap.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,7 +31,7 @@ _positive = click.IntRange(min=1)
 @click.option(
     "--communication-window",
     type=_positive,
-    help="Local steps per exchange; without effect in the synchronous way.  [default: see below]",
+    help="Local steps per exchange; no effect on --algorithm synchronous.  [default: see below]",
 )
 @click.option(
     "--max-clock-spread",
@@ -50,7 +51,7 @@ _positive = click.IntRange(min=1)
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="How many of the last ranks only hold the model for the others; not in the synchronous way.",
+    help="How many of the last ranks only hold the model for the others; asynchronous only.",
 )
 @click.option(
     "--shard",
@@ -77,25 +78,7 @@ _positive = click.IntRange(min=1)
     help="Write checkpoints within epochs too, at the first line of metrics after so many seconds.",
 )
 @click.option("--log-every", type=_positive, default=10, show_default=True, help="Steps per line of metrics.")
-def command(  # noqa: PLR0917 - click passes each option by its name
-    job: Path,
-    job_options: tuple[str, ...],
-    algorithm: str,
-    epochs: int,
-    batch_size: int,
-    communication_window: int | None,
-    max_clock_spread: int | None,
-    hyperparameters: tuple[str, ...],
-    servers: int,
-    shard: bool,
-    seed: int,
-    output: Path | None,
-    overwrite: bool,
-    resume: bool,
-    keep: int,
-    checkpoint_every: float | None,
-    log_every: int,
-) -> None:
+def command(job: Path, **options: Any) -> None:
     """Train the job in the Python file JOB on the ranks that mpirun, srun or `mpidl run` started.
 
     \b
@@ -146,28 +129,22 @@ def command(  # noqa: PLR0917 - click passes each option by its name
       2   refused before training; one sentence says why
       75  stopped on request: every rank ended its step, checkpoint and summary are written; go on by --resume
     """
-    settings = Settings(
+    raise SystemExit(_train(_settings(job, **options)))
+
+
+def _settings(
+    job: Path, *, algorithm: str, output: Path | None, communication_window: int | None, **others: Any
+) -> Settings:
+    """Returns the settings that the options ask for; an option has the name of its setting."""
+    return Settings(
         job=job,
-        output=output or Path("runs") / f"{job.stem}-{algorithm}",
         algorithm=algorithm,
-        epochs=epochs,
-        batch_size=batch_size,
+        output=output or Path("runs") / f"{job.stem}-{algorithm}",
         communication_window=communication_window or BY_NAME[algorithm].window,
-        max_clock_spread=max_clock_spread,
-        hyperparameters=hyperparameters,
-        servers=servers,
-        shard=shard,
-        seed=seed,
-        overwrite=overwrite,
-        resume=resume,
-        keep=keep,
-        checkpoint_every=checkpoint_every,
-        log_every=log_every,
-        job_options=job_options,
         command=shlex.join(sys.argv),
         terminal_columns=_columns(),
+        **others,
     )
-    raise SystemExit(_train(settings))
 
 
 def _with_algorithms(text: str) -> str:

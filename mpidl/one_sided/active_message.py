@@ -1,8 +1,8 @@
-"""Letters: how a worker reaches a shard in the memory of another node, which a rank of that node changes for it.
+"""Active messages: a rank asks a rank of another node to change or read a part of that node's memory for it.
 
-A letter is a header, and then piece by piece what is to be added or put there; every piece is answered, by what was
-read of the shard or by nothing. Several pieces are under way at a time, in both directions. Here is what who writes
-does; who answers is in `message_server`, and what a worker writes for in `parameter_server.center.remote_array`.
+A message is a header, and then piece by piece the elements to be added or put there; the target answers every piece,
+with what it read or with nothing. Several pieces are under way at a time, in both directions. This is the sender's
+side; the target's is in `message_server`. `parameter_server.center.remote_array` sends the messages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADER = np.dtype(
 )
 HEADERS, VALUES, ANSWERS = 11, 12, 13  # tags
 PIECE = 1 << 15  # elements
-AHEAD = 3  # pieces of a letter under way at a time: with more, over TCP, Open MPI uses two thirds of a slow link
+AHEAD = 3  # pieces of a message under way at a time: with more, over TCP, Open MPI uses two thirds of a slow link
 _YIELDING = 1e-2  # seconds without news after which a waiting worker sleeps between two looks
 _PAUSE = 2e-4
 
@@ -38,17 +38,17 @@ def pieces(count: int) -> Iterable[slice]:
 
 
 class ActiveMessage:
-    """One letter under way; it keeps the memory that it works on.
+    """One message under way; it keeps the memory that it works on.
 
     Args:
-        ranks: whose communicator carries letters.
-        to: the rank that answers.
+        ranks: their communicator carries active messages and nothing else.
+        to: the target, the rank that answers.
         header: of dtype HEADER, one element.
-        values: what is added or put; None for READ.
+        values: elements that are added or put; None for READ.
         out: receives the answers; None for NOTHING.
 
     Attributes:
-        to: see above.
+        to: the target.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ActiveMessage:
         self._under_way: deque[tuple[Any, Any]] = deque()
 
     def advance(self) -> bool:
-        """Moves on; returns whether something came."""
+        """Sends and receives what can be without waiting; returns whether an answer came."""
         news = False
         while True:
             while self._pieces and len(self._under_way) < AHEAD:
@@ -81,32 +81,34 @@ class ActiveMessage:
 
     @property
     def given(self) -> bool:
-        """Whether all that there is to send is on its way."""
+        """Whether the sends of all pieces have begun."""
         return not self._pieces
 
     @property
     def answered(self) -> bool:
-        """Whether all has been done, and has come."""
+        """Whether the target has answered every piece."""
         return not self._pieces and not self._under_way and bool(self._sent.Test())
 
 
-def wait(letters: list[ActiveMessage], meanwhile: Callable[[], bool], look: Callable[[], None]) -> None:
-    """Returns when all letters are answered.
+def wait(messages: list[ActiveMessage], meanwhile: Callable[[], bool], look: Callable[[], None]) -> None:
+    """Returns when all messages are answered.
 
     Args:
-        letters: all are moved on at once, those to one rank in their order: it takes in one after the other.
-        meanwhile: answers what others write; returns whether there was something to do.
+        messages: those to different targets advance at once, those to one target in their order, in which it serves
+            them.
+        meanwhile: answers messages to this rank; returns whether there were any.
         look: raises if a rank has died.
     """
     since = time.monotonic()
-    yielding = 0.0 if executor.under_way() else _YIELDING  # beside a thread that computes it leaves the core at once
-    while not all(letter.answered for letter in letters):
-        news, begun = meanwhile(), set[int]()
-        for letter in letters:
-            if letter.to not in begun:
-                news |= letter.advance()
-                if not letter.given:
-                    begun.add(letter.to)
+    # On the executor's thread: the main thread computes meanwhile, and the core is left to it at once.
+    yielding = 0.0 if executor.under_way() else _YIELDING
+    while not all(message.answered for message in messages):
+        news, busy = meanwhile(), set[int]()
+        for message in messages:
+            if message.to not in busy:
+                news |= message.advance()
+                if not message.given:
+                    busy.add(message.to)
         look()
         if news:
             since = time.monotonic()

@@ -1,8 +1,8 @@
-"""Dedicated servers: the last ranks of a communicator hold windows for the others and do nothing else.
+"""Dedicated servers: the last ranks of a communicator hold memory for the others, the workers, and do nothing else.
 
-The first worker sends each server an order: open these windows, close those, all is over. Then workers and servers
-together make the collectives that the order stands for. What the windows mean is the workers' business: a server never
-touches what lies in them, it only lets MPI act, by looking for the next order again and again.
+The first worker sends each server an order: open these windows, close those windows, end. Then workers and servers
+together make the collectives that the order stands for. A server never reads or changes a window by itself: while it
+tests for the next order MPI serves the windows, and between two tests it answers active messages.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DedicatedServers:
         """
         windows = {
             server: [
-                [plan.name, plan.dtype, plan.counts[server], plan.shared, plan.mailed[server : server + 1], plan.alone]
+                [plan.name, plan.dtype, plan.counts[server], plan.shared, plan.reached[server : server + 1], plan.alone]
                 for plan in plans
             ]
             for server in self.servers
@@ -70,7 +70,7 @@ class DedicatedServers:
         self._send(lambda server: {"order": _CLOSE, "number": number})
 
     def end(self) -> None:
-        """Lets the servers go; a collective of the workers. Not needed by workers whose programs end well."""
+        """Ends the servers; a collective of the workers. They also end when all workers' programs have ended."""
         self._send(lambda server: {"order": _END})
         self.whole.free()
 
@@ -87,7 +87,7 @@ class DedicatedServers:
 
 
 def agree_on_servers(whole: Topology, servers: int) -> None:
-    """Refuses alike on every rank what cannot be, or is not the same everywhere; a collective."""
+    """Refuses, alike on every rank, a number of servers that cannot be or differs between ranks; a collective."""
     found = [text.decode() for text in whole.gather_bytes(repr(servers).encode(), "agreeing on servers")]
     error: ArgumentError | MismatchError | None = None
     if len(set(found)) > 1:
@@ -126,7 +126,7 @@ class _Server:
         nodes = whole.placement.nodes
         self._far = any(nodes[worker] != nodes[whole.rank] for worker in self._workers)
         self._held: dict[int, tuple[Topology, list[Window | LockedArray]]] = {}
-        self._posts: dict[int, MessageServer] = {}
+        self._answering: dict[int, MessageServer] = {}
         self._opened = 0
         self._stop_passed_on = False
         self._lookout = Lookout(whole.channel, "the wait for an order: it serves")
@@ -145,7 +145,7 @@ class _Server:
         """Returns the next order, or None when all workers' programs have ended."""
         mpi, buffer = runtime.mpi(), np.zeros(_LONGEST, np.uint8)
         status = mpi.Status()
-        # Tested, not probed for: `parameter_server.progress` says what drives MPI, which is what a server is for.
+        # Tested, not probed for: `parameter_server.center.progress_thread` says which calls let MPI serve the windows.
         request = self._whole.data.Irecv([buffer, mpi.BYTE], source=0, tag=_TAG)
         attention = Attention()
         while not attention.test(request, status):
@@ -155,10 +155,10 @@ class _Server:
                 request.Wait()
                 return None
             self._pass_on_stop()
-            for post in self._posts.values():
-                if post.serve():
+            for messages in self._answering.values():
+                if messages.serve():
                     attention.note()
-            needed = bool(self._posts) or bool(self._held and self._far)
+            needed = bool(self._answering) or bool(self._held and self._far)
             if needed and attention.expects_more():
                 os.sched_yield()
             else:
@@ -177,23 +177,22 @@ class _Server:
 
     def _open(self, order: dict[str, Any]) -> None:
         ranks = self._whole.duplicate(f"{order['name']} with its servers")
-        windows = []
-        mailed = []
+        windows, messaged = [], []
         for name, dtype, count, shared, reached, alone in order["windows"]:
             counts = tuple(count if rank == ranks.rank else 0 for rank in range(ranks.size))
             made = Plan(name, dtype, counts, shared, tuple(reached) * ranks.size, alone).make(ranks)
             windows.append(made)
             if reached and isinstance(made, LockedArray):
-                mailed.append(made)
+                messaged.append(made)
         self._held[self._opened] = (ranks, windows)
-        if mailed:
-            self._posts[self._opened] = MessageServer(ranks, mailed, order["name"], self._look)
+        if messaged:
+            self._answering[self._opened] = MessageServer(ranks, messaged, order["name"], self._look)
         self._opened += 1
 
     def _close(self, number: int) -> None:
         ranks, windows = self._held.pop(number)
-        if number in self._posts:
-            self._posts.pop(number).close()
+        if number in self._answering:
+            self._answering.pop(number).close()
         for window in reversed(windows):
             window.close()
         ranks.free()

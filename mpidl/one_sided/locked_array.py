@@ -1,7 +1,8 @@
 """A variable in memory that the ranks of one node share, cut in blocks with a lock each; the passes are made in C.
 
-What a pass does stands in csrc/include/mpidl_center.h. A rank that dies inside one leaves a block locked: who waits for
-it takes the lock away if the block is whole, and otherwise says who died; nobody goes on with half a block.
+What a pass does stands in csrc/include/mpidl_center.h. A rank that dies inside a pass leaves a block locked: a rank
+that waits for this lock takes it away if the block is whole, and otherwise raises an error that names the dead rank. No
+rank goes on with half a block.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class LockedArray:
         return self._dtype
 
     def watched_by(self, look: Callable[[], None]) -> LockedArray:
-        """The same memory with a `look` of its own; to be dropped before `close`."""
+        """Returns the same array with a `look` of its own; to be dropped before `close`."""
         other = copy.copy(self)
         other.look = look
         return other
@@ -84,10 +85,10 @@ class LockedArray:
         exit_protocol.closed(self._token)
 
     def _took_away(self, one: Any) -> bool:
-        """Takes away the lock that a pass waits for, if its holder has died and its block is whole.
+        """Takes away the lock that a pass waits for, if its holder has died and the block is whole.
 
         Raises:
-            RankFailedError: it died while it changed the block.
+            RankFailedError: the holder died while it changed the block.
         """
         holder = self._process(one)
         if holder is None or holder.alive():
@@ -101,7 +102,7 @@ class LockedArray:
         return True
 
     def _process(self, one: Any) -> Process | None:
-        """Returns whose lock a pass waits for; None if it was free again when that was looked at."""
+        """Returns the process whose lock a pass waits for; None if the lock was free again by then."""
         processes = self._ranks.placement.processes
         return processes[one.waits_for - 1] if 0 < one.waits_for <= len(processes) else None
 
@@ -142,10 +143,10 @@ def map_blocks(ranks: Topology, count: int, dtype: str, *, alone: bool = False) 
     """Maps the memory of so many elements; a collective. None if the ranks do not see the same /dev/shm.
 
     Args:
-        ranks: anywhere; those of a node share theirs, unless all want it `alone`.
+        ranks: on any nodes; those of one node share the memory, unless `alone`.
         count: alike on the ranks of a node.
         dtype: "float32" or "float64".
-        alone: whether each rank has its own.
+        alone: whether each rank has memory of its own.
 
     Raises:
         SharedMemoryError: there is not enough of it; alike on all ranks.
@@ -156,5 +157,5 @@ def map_blocks(ranks: Topology, count: int, dtype: str, *, alone: bool = False) 
 
 
 def possible(ranks: Topology) -> bool:
-    """Whether these ranks can share a variable: all are on one node."""
+    """Returns whether these ranks can share a variable: all are on one node."""
     return len(set(ranks.placement.nodes)) == 1

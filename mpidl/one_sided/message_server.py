@@ -1,7 +1,7 @@
-"""The answering of letters (`active_message`), on the rank to which they were written.
+"""The server of active messages, on the rank to which they were sent.
 
-It is done by whoever has time: the helper thread, a worker that waits for answers of its own, a dedicated server. Each
-piece is one pass over the shard, block by block under their locks, in C.
+One of three threads answers: the progress thread, the main thread of a worker that itself waits for answers, or the
+main thread of a dedicated server. Each piece is one pass over a locked array, block by block under their locks, in C.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ from mpidl.one_sided.locked_array import LockedArray
 
 
 class MessageServer:
-    """Answers what the ranks of one server write to this one; making it is a collective, and so is closing it.
+    """Answers the active messages that ranks send to this one; making it is a collective, and so is closing it.
 
     Args:
-        ranks: who writes.
-        arrays: what letters name by number.
-        name: for messages.
+        ranks: the senders.
+        arrays: on which messages work; a message names one by its index.
+        name: for error messages.
         look: called on the main thread while it waits for a lock; raises if a rank has died.
 
     Attributes:
-        ranks: the same ranks, under the communicator that carries letters and nothing else.
-        attended: whether a thread serves all the time, so that no other need.
+        ranks: the same ranks, under a communicator that carries active messages and nothing else.
+        attended: whether the main thread serves all the time, so that the progress thread need not.
     """
 
     def __init__(self, ranks: Topology, arrays: Sequence[LockedArray], name: str, look: Callable[[], None]) -> None:
         mpi = runtime.mpi()
-        self.ranks = ranks.duplicate(f"the letters of {name}")
+        self.ranks = ranks.duplicate(f"the active messages of {name}")
         self._comm, self._anyone, self._bytes = self.ranks.data, mpi.ANY_SOURCE, mpi.BYTE
         self._look, self._helped = look, True
         self._arrays = [array.watched_by(self._look_around) for array in arrays]
         self._status = mpi.Status()
         self._lock = threading.Lock()
         self.attended = False
-        self._letters: dict[int, deque[_Answering]] = {}  # by who wrote them, in their order
+        self._queues: dict[int, deque[_Answering]] = {}  # messages by sender, in the order in which they came
         self._open = True
 
     def _look_around(self) -> None:
-        """A helper thread that waits for a lock looks for nobody: the main thread does, and ends it."""
+        """Looks for dead ranks on the main thread; the progress thread only checks whether it is to end."""
         if threading.current_thread() is threading.main_thread():
             self._look()
         elif not self._helped:
@@ -69,10 +69,10 @@ class MessageServer:
         self._helped = False
 
     def serve(self) -> bool:
-        """Does what can be done without waiting; returns whether there was something. Any thread may call it.
+        """Serves what can be served without waiting; returns whether there was something. Any thread may call it.
 
         Raises:
-            ExecutorEndedError: it waited for a lock on another thread than the main one.
+            ExecutorEndedError: another thread than the main one waited for a lock when `end_help` was called.
         """
         channel = self.ranks.channel
         if not self._open or channel.given_up is not None or not self._lock.acquire(blocking=False):
@@ -89,33 +89,33 @@ class MessageServer:
         news = False
         # Probed for: over UCX a receive from any source never takes in what came before it (MPICH 5.0.2).
         while message := self._comm.Improbe(self._anyone, HEADERS, self._status):
-            writer, header = self._status.Get_source(), np.zeros(1, HEADER)
+            sender, header = self._status.Get_source(), np.zeros(1, HEADER)
             message.Recv([header.view(np.uint8), self._bytes])
             array = self._arrays[int(header["array"][0])]
-            self._letters.setdefault(writer, deque()).append(_Answering(self._comm, writer, header, array))
+            self._queues.setdefault(sender, deque()).append(_Answering(self._comm, sender, header, array))
             news = True
-        for letters in self._letters.values():
-            news |= bool(letters) and letters[0].advance()
-            if letters and letters[0].answered:
-                letters.popleft()
+        for waiting in self._queues.values():
+            news |= bool(waiting) and waiting[0].advance()
+            if waiting and waiting[0].answered:
+                waiting.popleft()
         return news
 
     def close(self) -> None:
-        """Expects no more letters; a collective, when nobody writes any more."""
+        """Expects no more messages; a collective, called when every rank has its answers."""
         if self.ranks.channel.given_up is None:
-            while any(self._letters.values()):  # whose writers have their answers
+            while any(self._queues.values()):  # their last answers are on the way
                 self._serve()
         self._open = False
-        self._letters.clear()
+        self._queues.clear()
         self._arrays.clear()
         self.ranks.free()
 
 
 class _Answering:
-    """One letter that is being answered."""
+    """One message that is being answered."""
 
-    def __init__(self, comm: Any, writer: int, header: np.ndarray[Any, Any], array: LockedArray) -> None:
-        self._comm, self._writer, self._array, self._bytes = comm, writer, array, runtime.mpi().BYTE
+    def __init__(self, comm: Any, sender: int, header: np.ndarray[Any, Any], array: LockedArray) -> None:
+        self._comm, self._sender, self._array, self._bytes = comm, sender, array, runtime.mpi().BYTE
         self._kind, self._answer, self._start, count = (
             int(header[name][0]) for name in ("kind", "answer", "start", "count")
         )
@@ -140,7 +140,7 @@ class _Answering:
         values = request = None
         if self._kind != READ:
             values = np.empty(piece.stop - piece.start, self._array.dtype)
-            request = self._comm.Irecv([values.view(np.uint8), self._bytes], self._writer, VALUES)
+            request = self._comm.Irecv([values.view(np.uint8), self._bytes], self._sender, VALUES)
         self._arriving.append((piece, values, request))
 
     def _pass(self, piece: slice, values: Any) -> None:
@@ -153,7 +153,7 @@ class _Answering:
         else:
             read = {} if self._answer == NOTHING else {"before" if self._answer == BEFORE else "after": answer}
             self._array.add(at, values, self._scale, **read)
-        request = self._comm.Isend([answer.view(np.uint8), self._bytes], self._writer, ANSWERS)
+        request = self._comm.Isend([answer.view(np.uint8), self._bytes], self._sender, ANSWERS)
         self._leaving.append((answer, request))
 
     @property

@@ -29,10 +29,10 @@ class Plan:
     dtype: str
     counts: tuple[int, ...]  # elements on each rank
     shared: int = 0  # elements of all ranks together, if they may share memory in the window's place; else 0
-    mailed: tuple[
+    reached: tuple[
         int, ...
-    ] = ()  # elements in each rank's reach, if those out of it are reached by letters (`active_message`)
-    alone: bool = False  # then: nobody else reaches them
+    ] = ()  # elements that each rank reaches itself, if active messages reach the others; else ()
+    alone: bool = False  # with `reached`: no two ranks reach the same elements themselves
 
     def make(self, ranks: Topology) -> Window | LockedArray:
         """Makes what is planned over `ranks`, filled with zeros; a collective."""
@@ -40,8 +40,8 @@ class Plan:
             memory = locked_array.map_blocks(ranks, self.shared, self.dtype)
             if memory is not None:
                 return LockedArray(ranks, self.shared, self.dtype, self.name, memory)
-        if self.mailed:
-            count, memory = max(1, self.mailed[ranks.rank]), None
+        if self.reached:
+            count, memory = max(1, self.reached[ranks.rank]), None
             try:
                 memory = locked_array.map_blocks(ranks, count, self.dtype, alone=self.alone)
             except SharedMemoryError as error:  # alike on all ranks

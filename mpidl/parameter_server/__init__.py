@@ -1,5 +1,6 @@
-"""The asynchronous parameter server: the center variable lies in RMA windows, and no process serves it.
+"""The asynchronous parameter server: workers commit to a center variable and pull it, each at its own speed.
 
-In `center`, `sharding` says which rank holds which elements, `clock` counts commits, and `center` joins both into
-commit and pull; `worker.base` is the optimiser that exchanges with it. Here stands one file per algorithm.
+The center lies, shard by shard, in memory that other ranks can reach: shared memory within a node, active messages or
+RMA windows between nodes, on the workers themselves or on dedicated servers. `center` holds it and counts commits;
+`worker` is the optimiser that takes local steps and exchanges with the center; here is one file per algorithm.
 """

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from mpidl.collectives.communicator import Communicator
-from mpidl.optim import validation
 from mpidl.optim.flat import Flat
-from mpidl.parameter_server.worker.locked import ExclusiveWorker
+from mpidl.optim.validation import NonNegativeInt, PositiveFloat, PositiveInt, given
+from mpidl.parameter_server.worker.locked import LockedWorker
 
 
-class ADAG(ExclusiveWorker):
+class ADAG(LockedWorker):
     """Commits the local steps' moves, each element scaled by 1 / ((theta_t - theta_{t-tau})^2 / gamma + 1).
 
     theta_t is the element of the center at the commit, theta_{t-tau} what this worker last read of it: an element that
@@ -23,12 +23,22 @@ class ADAG(ExclusiveWorker):
     element as its code has it.
 
     Args:
-        optimizer: takes the local steps; any.
-        model, communication_window, max_clock_spread, comm, buffers: as `Worker`.
-        gamma: squared distance at which half of a move is taken; the thesis finds no rule for it and uses 1e-4.
+        optimizer: takes the local steps; any torch optimiser, holding parameters of `model` only. Its state stays with
+            this worker.
+        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        communication_window: local steps per exchange, 1 or more; 5 by default.
+        gamma: squared distance of an element at which half of its move is taken, above 0; 1e-4 by default, as in the
+            thesis, which finds no rule for it.
+        max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP); None, the default: any number.
+        comm: the ranks that train together; default `mpidl.world()`. The center lies on its servers, if it has any.
+        buffers: "mean", the default, averages BatchNorm statistics and other floating buffers in `finish()`; "local"
+            leaves them.
 
     Raises:
-        As `Worker`.
+        ArgumentError: optimiser and model do not belong together, or an argument cannot work; alike on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
+        MismatchError: the ranks gave different models or arguments.
     """
 
     def __init__(
@@ -36,23 +46,14 @@ class ADAG(ExclusiveWorker):
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         *,
-        communication_window: int = 5,
-        gamma: float = 1e-4,
-        max_clock_spread: int | None = None,
+        communication_window: PositiveInt = 5,
+        gamma: PositiveFloat = 1e-4,
+        max_clock_spread: NonNegativeInt | None = None,
         comm: Communicator | None = None,
         buffers: str = "mean",
     ) -> None:
         self._gamma = gamma
-        super().__init__(
-            optimizer,
-            model,
-            communication_window=communication_window,
-            max_clock_spread=max_clock_spread,
-            comm=comm,
-            buffers=buffers,
-            error=validation.positive("gamma", gamma),
-            hyperparameters={"gamma": gamma},
-        )
+        super().__init__(optimizer, model, **given(locals()))
 
     def _change(self, here: slice, reached: Flat, center: Flat) -> Flat:
         distance = center - self._start[here]

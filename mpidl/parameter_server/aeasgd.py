@@ -10,12 +10,12 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError
-from mpidl.optim import validation
 from mpidl.optim.flat import Flat
-from mpidl.parameter_server.worker.locked import ExclusiveWorker
+from mpidl.optim.validation import NonNegativeInt, PositiveFloat, PositiveInt, given
+from mpidl.parameter_server.worker.locked import LockedWorker
 
 
-class AEASGD(ExclusiveWorker):
+class AEASGD(LockedWorker):
     """Every communication window moves worker and center towards each other by alpha * (x - center).
 
     Both sides move by the same amount, computed from the same pair, in one step for each shard: x + center stays what
@@ -24,16 +24,26 @@ class AEASGD(ExclusiveWorker):
     Source: S. Zhang, A. Choromanska, Y. LeCun, *Deep learning with Elastic Averaging SGD*, NIPS 2015, Algorithm 1.
 
     Args:
-        optimizer: takes the local steps; any.
-        model, max_clock_spread, comm, buffers: as `Worker`.
-        communication_window: local steps per exchange; the paper uses 10.
-        beta: alpha = beta / workers, as in the paper.
-        rho, learning_rate: both given: alpha = rho * learning_rate, whatever the number of workers, as in dist-keras
-            (there 5 and 0.1; its learning_rate is not the optimiser's). If workers exchange at the same time, such an
-            alpha acts like workers * alpha, which diverges above about 2.
+        optimizer: takes the local steps; any torch optimiser, holding parameters of `model` only. Its state stays with
+            this worker.
+        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        communication_window: local steps per exchange, 1 or more; 10 by default, as in the paper.
+        beta: the elastic rate alpha is beta / workers, as in the paper; above 0; 0.9 by default.
+        rho: with `learning_rate`: alpha is rho * learning_rate, whatever the number of workers, as in dist-keras (5 and
+            0.1 there). If n workers exchange at the same time, such an alpha acts like n * alpha, which diverges above
+            about 2. None, the default: `beta` decides.
+        learning_rate: see `rho`; not the optimiser's.
+        max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP); None, the default: any number.
+        comm: the ranks that train together; default `mpidl.world()`. The center lies on its servers, if it has any.
+        buffers: "mean", the default, averages BatchNorm statistics and other floating buffers in `finish()`; "local"
+            leaves them.
 
     Raises:
-        ArgumentError: alpha is not above 0 and at most 1; or as `Worker`.
+        ArgumentError: alpha is above 1, or one of `rho` and `learning_rate` is missing; optimiser and model do not
+            belong together, or an argument cannot work; alike on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
+        MismatchError: the ranks gave different models or arguments.
     """
 
     def __init__(
@@ -41,40 +51,25 @@ class AEASGD(ExclusiveWorker):
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         *,
-        communication_window: int = 10,
-        beta: float = 0.9,
-        rho: float | None = None,
-        learning_rate: float | None = None,
-        max_clock_spread: int | None = None,
+        communication_window: PositiveInt = 10,
+        beta: PositiveFloat = 0.9,
+        rho: PositiveFloat | None = None,
+        learning_rate: PositiveFloat | None = None,
+        max_clock_spread: NonNegativeInt | None = None,
         comm: Communicator | None = None,
         buffers: str = "mean",
-        error: Exception | None = None,
     ) -> None:
         self._beta, self._rho, self._learning_rate = beta, rho, learning_rate
         self.alpha = 0.0  # known when the number of workers is
         self._elastic = np.empty(0)  # of an exchange: what the worker gives to the center
-        super().__init__(
-            optimizer,
-            model,
-            communication_window=communication_window,
-            max_clock_spread=max_clock_spread,
-            comm=comm,
-            buffers=buffers,
-            error=error or self._problem(),
-            hyperparameters={"beta": beta, "rho": rho, "learning_rate": learning_rate},
-        )
+        super().__init__(optimizer, model, **given(locals()))
 
-    def _problem(self) -> ArgumentError | None:
+    def _describe(self) -> dict[str, Any]:
         if (self._rho is None) != (self._learning_rate is None):
-            return ArgumentError(
+            raise ArgumentError(
                 f"rho={self._rho!r}, learning_rate={self._learning_rate!r}; alpha = rho * learning_rate needs both, "
                 "alpha = beta / workers none of them"
             )
-        if self._rho is None:
-            return validation.positive("beta", self._beta)
-        return validation.positive("rho", self._rho) or validation.positive("learning_rate", self._learning_rate)
-
-    def _describe(self) -> dict[str, Any]:
         if self._rho is not None and self._learning_rate is not None:
             self.alpha, text = self._rho * self._learning_rate, "rho * learning_rate"
         else:
@@ -84,11 +79,8 @@ class AEASGD(ExclusiveWorker):
         return super()._describe()
 
     def _local_step(self) -> None:
-        if self._steps >= self._window_length:
-            refused = self.statistics.refused_commits
-            self._exchange()
-            if self.statistics.refused_commits > refused:
-                return  # the gradient was taken at parameters that are given up
+        if self._steps >= self._window_length and self._exchange().refused:
+            return  # the gradient was taken at parameters that are given up
         self._take_step()
 
     def _take_step(self) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from mpidl.collectives.communicator import Communicator
-from mpidl.optim import validation
 from mpidl.optim.flat import Flat
+from mpidl.optim.validation import NonNegativeFloat, NonNegativeInt, PositiveInt, given
 from mpidl.parameter_server.worker import sgd
-from mpidl.parameter_server.worker.locked import ExclusiveWorker
+from mpidl.parameter_server.worker.locked import LockedWorker
 
 
-class DCASGD(ExclusiveWorker):
+class DCASGD(LockedWorker):
     """Commits -eta * (g + lambda g*g*(w_t - w_bak)): g*g stands for the diagonal of the Hessian.
 
     w_t is the center at the commit, w_bak what this worker last read of it: one backup per worker, kept by the worker,
@@ -24,41 +25,41 @@ class DCASGD(ExclusiveWorker):
     Delay Compensation*, ICML 2017, with the constant lambda (DC-ASGD-c).
 
     Args:
-        optimizer: a torch.optim.SGD without dampening and nesterov.
-        model, max_clock_spread, comm, buffers: as `Worker`.
-        communication_window: local steps per exchange; 1 in the paper.
-        lambda_: strength of the correction; 0.04, as in the code of MXNet.
+        optimizer: a torch.optim.SGD without dampening and nesterov, holding parameters of `model` only; its lr and
+            momentum are those of the rule.
+        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        communication_window: local steps per exchange, 1 or more; 1 by default, as in the paper.
+        lambda_: strength of the correction, 0 or more; 0.04 by default, as in MXNet's code.
+        max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP); None, the default: any number.
+        comm: the ranks that train together; default `mpidl.world()`. The center lies on its servers, if it has any.
+        buffers: "mean", the default, averages BatchNorm statistics and other floating buffers in `finish()`; "local"
+            leaves them.
 
     Raises:
-        ArgumentError: another optimiser; or as `Worker`.
+        ArgumentError: another optimiser; optimiser and model do not belong together, or an argument cannot work; alike
+            on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
+        MismatchError: the ranks gave different models or arguments.
     """
+
+    _sgd_without: ClassVar[tuple[str, ...] | None] = ("dampening", "nesterov", "maximize")
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         *,
-        communication_window: int = 1,
-        lambda_: float = 0.04,
-        max_clock_spread: int | None = None,
+        communication_window: PositiveInt = 1,
+        lambda_: NonNegativeFloat = 0.04,
+        max_clock_spread: NonNegativeInt | None = None,
         comm: Communicator | None = None,
         buffers: str = "mean",
     ) -> None:
         self._lambda = lambda_
         self._move = self._correction = np.empty(0)  # of an exchange
         self._velocity: Flat | None = None
-        unused = ("dampening", "nesterov", "maximize")
-        super().__init__(
-            optimizer,
-            model,
-            communication_window=communication_window,
-            max_clock_spread=max_clock_spread,
-            comm=comm,
-            buffers=buffers,
-            error=validation.plain_sgd(optimizer, "DCASGD", unused=unused)
-            or validation.not_negative("lambda_", lambda_),
-            hyperparameters={"lambda_": lambda_},
-        )
+        super().__init__(optimizer, model, **given(locals()))
 
     def _local_step(self) -> None:
         """Moves by -eta g; the momentum comes in when the gradient has been corrected."""

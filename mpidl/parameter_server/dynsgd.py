@@ -13,7 +13,24 @@ class DynSGD(DeltaWorker):
     it for its stability. With one worker this is `Downpour`. Source: J. Jiang et al., *Heterogeneity-aware Distributed
     Parameter Servers*, SIGMOD 2017, in the form of Hermans' thesis, Eq. 2.13 and its algorithm.
 
-    Args and errors as `DeltaWorker`.
+    Args:
+        optimizer: takes the local steps; any torch optimiser, holding parameters of `model` only. Its state stays with
+            this worker.
+        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        communication_window: local steps per exchange, 1 or more; 5 by default, as in dist-keras.
+        overlap: local steps during which a thread makes the exchange, at most `communication_window`; 0, the default:
+            the worker waits for its exchange. Needs an MPI with threads (THREAD_MULTIPLE).
+        max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP); None, the default: any number.
+        comm: the ranks that train together; default `mpidl.world()`. The center lies on its servers, if it has any.
+        buffers: "mean", the default, averages BatchNorm statistics and other floating buffers in `finish()`; "local"
+            leaves them.
+
+    Raises:
+        ArgumentError: `overlap` together with `max_clock_spread`; optimiser and model do not belong together, or an
+            argument cannot work; alike on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
+        MismatchError: the ranks gave different models or arguments.
     """
 
     def _scale(self, staleness: int) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from mpidl.collectives.communicator import Communicator
-from mpidl.optim import flat, validation
+from mpidl.optim import flat
 from mpidl.optim.flat import Flat
 from mpidl.parameter_server.aeasgd import AEASGD
 from mpidl.parameter_server.worker import sgd
@@ -20,38 +21,29 @@ class EAMSGD(AEASGD):
     Source: S. Zhang, A. Choromanska, Y. LeCun, *Deep learning with Elastic Averaging SGD*, NIPS 2015, Algorithm 2.
 
     Args:
-        optimizer: a torch.optim.SGD without dampening. Nesterov's form is used whether its flag is set or not.
-        others: as `AEASGD`.
+        optimizer: a torch.optim.SGD without dampening, holding parameters of `model` only; its lr and momentum are eta
+            and delta. Nesterov's form is used whether its flag is set or not.
+        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        communication_window: local steps per exchange, 1 or more; 10 by default, as in the paper.
+        beta: the elastic rate alpha is beta / workers, as in the paper; above 0; 0.9 by default.
+        rho: with `learning_rate`: alpha is rho * learning_rate, whatever the number of workers, as in dist-keras (5 and
+            0.1 there). If n workers exchange at the same time, such an alpha acts like n * alpha, which diverges above
+            about 2. None, the default: `beta` decides.
+        learning_rate: see `rho`; not the optimiser's.
+        max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP); None, the default: any number.
+        comm: the ranks that train together; default `mpidl.world()`. The center lies on its servers, if it has any.
+        buffers: "mean", the default, averages BatchNorm statistics and other floating buffers in `finish()`; "local"
+            leaves them.
 
     Raises:
-        ArgumentError: another optimiser; or as `AEASGD`.
+        ArgumentError: another optimiser; alpha is above 1, or one of `rho` and `learning_rate` is missing; optimiser
+            and model do not belong together, or an argument cannot work; alike on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
+        MismatchError: the ranks gave different models or arguments.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
-        *,
-        communication_window: int = 10,
-        beta: float = 0.9,
-        rho: float | None = None,
-        learning_rate: float | None = None,
-        max_clock_spread: int | None = None,
-        comm: Communicator | None = None,
-        buffers: str = "mean",
-    ) -> None:
-        super().__init__(
-            optimizer,
-            model,
-            communication_window=communication_window,
-            beta=beta,
-            rho=rho,
-            learning_rate=learning_rate,
-            max_clock_spread=max_clock_spread,
-            comm=comm,
-            buffers=buffers,
-            error=validation.plain_sgd(optimizer, "EAMSGD", unused=("dampening", "maximize")),
-        )
+    _sgd_without: ClassVar[tuple[str, ...] | None] = ("dampening", "maximize")
 
     def _take_step(self) -> None:
         with sgd.stepping_with(self._inner, nesterov=True):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from mpidl.collectives.communicator import Communicator
-from mpidl.optim import validation
 from mpidl.optim.flat import Flat
+from mpidl.optim.validation import NonNegativeInt, PositiveFloat, PositiveInt, given
 from mpidl.parameter_server.worker import sgd
 from mpidl.parameter_server.worker.base import Worker
+from mpidl.parameter_server.worker.exchange import Exchange
 
 _CLAMP = (0.0, 5.0)  # of pi, in the authors' code; without the lower bound it diverges from about 5 workers on
 
@@ -27,67 +29,66 @@ class GEM(Worker):
     Eq. 27 for kappa; the bounds, and an epsilon of 1e-12, are those of its code.
 
     Args:
-        optimizer: a torch.optim.SGD without dampening and nesterov.
-        model, max_clock_spread, comm, buffers: as `Worker`.
-        communication_window: local steps per exchange; 1 in the paper.
-        kappa: amplifies the proxy; the paper calls 1 to 2 good, 4 divergent.
-        epsilon: keeps the ratio finite where nothing moves.
+        optimizer: a torch.optim.SGD without dampening and nesterov, holding parameters of `model` only; its lr and
+            momentum are eta and mu.
+        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        communication_window: local steps per exchange, 1 or more; 1 by default, as in the paper.
+        kappa: amplifies the worker's momentum, above 0; 1 by default; the paper calls 1 to 2 good, 4 divergent.
+        epsilon: keeps the ratio finite where nothing moves, above 0; 1e-12 by default.
+        max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP); None, the default: any number.
+        comm: the ranks that train together; default `mpidl.world()`. The center lies on its servers, if it has any.
+        buffers: "mean", the default, averages BatchNorm statistics and other floating buffers in `finish()`; "local"
+            leaves them.
 
     Raises:
-        ArgumentError: another optimiser; or as `Worker`.
+        ArgumentError: another optimiser; optimiser and model do not belong together, or an argument cannot work; alike
+            on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
+            on several devices.
+        MismatchError: the ranks gave different models or arguments.
     """
+
+    _sgd_without: ClassVar[tuple[str, ...] | None] = ("dampening", "nesterov", "maximize")
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         *,
-        communication_window: int = 1,
-        kappa: float = 1.0,
-        epsilon: float = 1e-12,
-        max_clock_spread: int | None = None,
+        communication_window: PositiveInt = 1,
+        kappa: PositiveFloat = 1.0,
+        epsilon: PositiveFloat = 1e-12,
+        max_clock_spread: NonNegativeInt | None = None,
         comm: Communicator | None = None,
         buffers: str = "mean",
     ) -> None:
         self._kappa, self._epsilon = kappa, epsilon
-        unused = ("dampening", "nesterov", "maximize")
-        super().__init__(
-            optimizer,
-            model,
-            communication_window=communication_window,
-            max_clock_spread=max_clock_spread,
-            comm=comm,
-            buffers=buffers,
-            error=validation.plain_sgd(optimizer, "GEM", unused=unused)
-            or validation.positive("kappa", kappa)
-            or validation.positive("epsilon", epsilon),
-            hyperparameters={"kappa": kappa, "epsilon": epsilon},
-        )
+        super().__init__(optimizer, model, **given(locals()))
         self._proxy = np.zeros_like(self._start)  # m
         self._read = self._start.copy()  # s, exact where the model's dtype is narrower
-        self._unseen = 0  # own commits that the last pull missed: they are no staleness
 
     def _local_step(self) -> None:
         with sgd.stepping_with(self._inner, momentum=0.0):
             self._inner.step()
 
-    def _commit(self) -> None:
-        moved = self._flat() - self._start
-        now = self._new()
-        clock = self._server.pull(now)
-        delta = self._matched(moved, now) if np.isfinite(moved).all() else moved
-        unseen = 0
-        if np.isfinite(delta).all():
-            number = self._server.commit(delta)
-            self._count_commit(number - self._clock - self._unseen, 2 * delta.nbytes)
-            unseen = 1
-        else:
-            self._refuse_commit()
-        self._clock, self._unseen = clock, unseen
-        self._begin_from(now)
+    def _contribution(self, *, overlapped: bool) -> Flat:
+        """Returns Delta."""
+        moved = self._flat()
+        moved -= self._start
+        return moved
 
-    def _fetch(self) -> None:
-        """Nothing: the center was read before the commit."""
+    def _commit(self, exchange: Exchange[Flat]) -> None:
+        moved, now = exchange.contribution, exchange.pull()  # first: the worker goes on without its own commit
+        delta = self._matched(moved, now) if np.isfinite(moved).all() else moved
+        if np.isfinite(delta).all():
+            exchange.commit(delta)
+        else:
+            exchange.refuse()
+
+    def _start_next(self, exchange: Exchange[Flat]) -> None:
+        assert exchange.center is not None
+        self._begin_from(exchange.center)
+        self._give_back(exchange.contribution)
 
     def _matched(self, moved: Flat, now: Flat) -> Flat:
         """Returns pi * Delta, and moves the proxy on."""
@@ -108,16 +109,16 @@ class GEM(Worker):
         self._read = center
 
     def _pull(self) -> tuple[int, Flat]:
-        clock, center = super()._pull()
-        self._read, self._unseen = center, 0
-        return clock, center
+        clock, self._read = super()._pull()
+        return clock, self._read
 
     def _own(self) -> dict[str, Flat]:
-        where = np.array([self._clock, self._unseen])
+        seen = self._client.seen
+        where = np.array([seen.others, seen.own])  # for a worker that goes on, both are commits of an earlier run
         return {"proxy": self._proxy.copy(), "read": self._read.copy(), "where": where}
 
     def restore_own_state(self, saved: Mapping[str, Flat]) -> None:
         if "proxy" in saved:
             self._proxy = self._like(saved["proxy"])
             self._begin_from(self._like(saved["read"]))
-            self._clock, self._unseen = (int(word) for word in saved["where"])
+            self._client.took_over(int(saved["where"].sum()), window_begins=True)

@@ -1,16 +1,24 @@
 """The algorithms of `mpidl train`: their classes, and what may be said of them on the command line.
 
-No torch here: what is wrong can be refused at once. A test holds the tables against the classes' signatures.
+What `--set` takes is read from the source of each class, where the signature of the constructor declares it: an import
+of the class would import torch, which takes seconds, and what is wrong can be refused at once.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
 from typing import Any
 
+import mpidl
 from mpidl.errors import ArgumentError
 from mpidl.training.settings import Settings
+
+# Keyword arguments of the classes that --set does not take: the first two have options of their own.
+_NOT_SET = frozenset({"communication_window", "max_clock_spread", "comm", "buffers"})
 
 
 @dataclass(frozen=True)
@@ -19,10 +27,26 @@ class Algorithm:
 
     class_name: str  # in mpidl
     says: str  # for --help
-    window: int = 3  # local steps per exchange, unless the user chose
-    hyperparameters: Mapping[str, type] = field(default_factory=dict)  # that --set takes
-    synchronous: bool = False  # all ranks keep pace
+    default_window: int | None = None  # local steps per exchange unless the user chose; None: the class's default
+    synchronous: bool = False  # all ranks take their steps together
     periodic: bool = False  # of these: they communicate in rounds only
+
+    @cached_property
+    def _declared(self) -> dict[str, tuple[str, Any]]:
+        return _keywords(mpidl._HOME[self.class_name], self.class_name)
+
+    @cached_property
+    def hyperparameters(self) -> Mapping[str, type]:
+        """What --set takes, by name: int or float."""
+        if self.class_name == "Synchronous":
+            return {}
+        declared = {name: hint for name, (hint, _) in self._declared.items() if name not in _NOT_SET}
+        return {name: int if "Int" in hint else float for name, hint in declared.items()}
+
+    @property
+    def window(self) -> int:
+        """Local steps per exchange, unless the user chose."""
+        return self.default_window or int(self._declared["communication_window"][1])
 
     def arguments(self, settings: Settings) -> dict[str, Any]:
         """Returns what the class is given besides optimiser, model and communicator."""
@@ -32,35 +56,50 @@ class Algorithm:
         return own if self.synchronous else {**own, "max_clock_spread": settings.max_clock_spread}
 
 
-_OVERLAP = {"overlap": int}
-_ELASTIC = {"beta": float, "rho": float, "learning_rate": float}
 BY_NAME = {
-    "synchronous": Algorithm("Synchronous", "mean gradient by allreduce", synchronous=True),
-    "downpour": Algorithm("Downpour", "workers commit what their local steps moved", hyperparameters=_OVERLAP),
-    "agn": Algorithm("AGN", "the mean of these moves", hyperparameters=_OVERLAP),
-    "dynsgd": Algorithm("DynSGD", "their sum / (staleness + 1)", hyperparameters=_OVERLAP),
-    "adag": Algorithm("ADAG", "their sum, scaled by distance", hyperparameters={"gamma": float}),
-    "aeasgd": Algorithm("AEASGD", "elastic averaging", 10, _ELASTIC),
-    "eamsgd": Algorithm("EAMSGD", "the same with Nesterov's momentum", 10, _ELASTIC),
-    "dcasgd": Algorithm("DCASGD", "gradients, corrected for delay", 1, {"lambda_": float}),
-    "gem": Algorithm("GEM", "gradient energy matching", 1, {"kappa": float, "epsilon": float}),
-    "distbelief": Algorithm(
-        "DistBelief",
-        "gradients, Adagrad at the server",
-        1,
-        {"n_push": int, "n_fetch": int, "gamma": float, "warm_start": int, "overlap": int},
-    ),
+    "synchronous": Algorithm("Synchronous", "mean gradient by allreduce", 3, synchronous=True),
+    "downpour": Algorithm("Downpour", "workers commit what their local steps moved", 3),
+    "agn": Algorithm("AGN", "the mean of these moves", 3),
+    "dynsgd": Algorithm("DynSGD", "their sum / (staleness + 1)", 3),
+    "adag": Algorithm("ADAG", "their sum, scaled by distance", 3),
+    "aeasgd": Algorithm("AEASGD", "elastic averaging"),
+    "eamsgd": Algorithm("EAMSGD", "the same with Nesterov's momentum"),
+    "dcasgd": Algorithm("DCASGD", "gradients, corrected for delay"),
+    "gem": Algorithm("GEM", "gradient energy matching"),
+    "distbelief": Algorithm("DistBelief", "gradients, Adagrad at the server"),
     "model-averaging": Algorithm(
-        "ModelAveraging", "local SGD: all parameters are averaged", 16, {"warmup_steps": int}, True, True
+        "ModelAveraging", "local SGD: all parameters are averaged", synchronous=True, periodic=True
     ),
-    "diloco": Algorithm(
-        "DiLoCo", "the same with an outer Nesterov step", 500, {"outer_lr": float, "outer_momentum": float}, True, True
-    ),
+    "diloco": Algorithm("DiLoCo", "the same with an outer Nesterov step", synchronous=True, periodic=True),
 }
 
 
+def _keywords(module: str, class_name: str) -> dict[str, tuple[str, Any]]:
+    """Returns the annotation and the default of each keyword argument of a class's constructor, by name.
+
+    Args:
+        module: where the class is, within mpidl.
+        class_name: if it has no constructor, that of its first base counts.
+    """
+    source = resources.files("mpidl") / f"{module.replace('.', '/')}.py"
+    tree = ast.parse(source.read_text())
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    for node in found.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            return {
+                arg.arg: (ast.unparse(arg.annotation or ast.Constant(None)), ast.literal_eval(default))
+                for arg, default in pairs
+                if default is not None
+            }
+    base = ast.unparse(found.bases[0])
+    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module)
+    (home,) = (str(node.module) for node in imports if base in {one.name for one in node.names})
+    return _keywords(home.removeprefix("mpidl."), base)
+
+
 def window(settings: Settings) -> int | None:
-    """Returns the local steps per exchange, None in the synchronous way, where every step is one."""
+    """Returns the local steps per exchange, None for `--algorithm synchronous`, where every step is one."""
     return None if settings.algorithm == "synchronous" else settings.communication_window
 
 
@@ -103,7 +142,8 @@ def check(settings: Settings) -> None:
         )
     if algorithm.synchronous and settings.max_clock_spread is not None:
         raise ArgumentError(
-            f"--max-clock-spread {settings.max_clock_spread}: with --algorithm {name} all ranks keep pace anyway"
+            f"--max-clock-spread {settings.max_clock_spread}: with --algorithm {name} all ranks take their steps "
+            "together anyway"
         )
     if settings.shard and name != "synchronous":
         raise ArgumentError(f"--shard: --algorithm {name} cannot share weights; synchronous can")

@@ -1,4 +1,4 @@
-"""The training loop, one for both ways; what it calls around each step stands in `strategies` and `metrics`."""
+"""The training loop, the same for every algorithm; what it calls around each step is in `strategies` and `metrics`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mpidl.training.strategies import Strategy
 
 @dataclass(frozen=True)
 class Loop:
-    """What trains on this rank."""
+    """One rank's training."""
 
     job: Job
     model: torch.nn.Module
-    way: Strategy
+    strategy: Strategy
     scheduler: LRScheduler | None
     share: Share
     recorder: Recorder
@@ -38,12 +38,12 @@ class Loop:
 
     def _epoch(self, position: Position) -> tuple[Position, bool]:
         """Trains the rest of an epoch; returns where this rank stands and whether the ranks agreed to stop."""
-        optimizer, last, stopping = self.way.optimizer, self.share.last_step(position), False
+        optimizer, last, stopping = self.strategy.optimizer, self.share.last_step(position), False
         for batch, count in self.share.epoch(position):
             if self.stop.asked:
                 optimizer.request_stop()
             optimizer.zero_grad()
-            with self.way.weighted(count):
+            with self.strategy.weighted(count):
                 loss = self.job.loss(self.model, batch)
                 torch.autograd.backward(loss)
             optimizer.step()

@@ -1,6 +1,6 @@
 """Metrics and progress of one rank while it trains: counts batches, and every few steps writes what they came to.
 
-In the asynchronous way nothing here is a collective; in the synchronous way a record is one.
+With an asynchronous algorithm nothing here is a collective; with a synchronous one a record is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Recorder:
     """Sums up this rank's batches and records them.
 
     Args:
-        way: how figures are made.
+        strategy: makes the figures.
         metrics: where records go; None on a rank that writes none.
         progress: what is shown.
         every: steps per record; the same on all ranks.
@@ -40,9 +40,9 @@ class Recorder:
     """
 
     def __init__(
-        self, way: Strategy, metrics: MetricsFile | None, progress: Progress, every: int, before: Done = NOTHING
+        self, strategy: Strategy, metrics: MetricsFile | None, progress: Progress, every: int, before: Done = NOTHING
     ) -> None:
-        self._way, self._metrics, self._progress, self._every = way, metrics, progress, every
+        self._strategy, self._metrics, self._progress, self._every = strategy, metrics, progress, every
         self._losses: list[tuple[torch.Tensor, int]] = []
         self._before = before
         self._since = self._started = time.monotonic()
@@ -75,7 +75,7 @@ class Recorder:
         Args:
             epoch: from 0.
             step: steps done in this epoch.
-            last: whether no more steps follow in this epoch, on all ranks in the synchronous way.
+            last: whether no more steps follow in this epoch, on all ranks in the synchronous strategy.
         """
         self.just_recorded = last or step % self._every == 0
         if self.just_recorded:
@@ -96,7 +96,7 @@ class Recorder:
             seconds=now - self._since,
         )
         self._losses, self._since = [], now
-        figures: dict[str, Any] = self._way.record(tally)
+        figures: dict[str, Any] = self._strategy.record(tally)
         place = {"epoch": epoch + 1, "step": self.steps, "seconds": now - self._started}
         self._figures = Figures(figures["loss"], figures["samples_per_second"], figures.get("mean_staleness"))
         if self._metrics is not None:

@@ -223,58 +223,58 @@ def load_model(origin: Origin, model: torch.nn.Module) -> None:
         raise ArgumentError(f"--resume: the model in {origin.checkpoint.path} is another one: {error}") from error
 
 
-def restore(origin: Origin, subject: Snapshot) -> None:
+def restore(origin: Origin, snapshot: Snapshot) -> None:
     """Gives this rank the rest of what was saved, the random numbers last; a collective.
 
     Raises:
         RefusedError: a file cannot be used; on every rank.
     """
-    training = everywhere(subject.comm, lambda: decode(origin.checkpoint.read(TRAINING)))
+    training = everywhere(snapshot.comm, lambda: decode(origin.checkpoint.read(TRAINING)))
     clock, arrival = origin.checkpoint.manifest["clock"], origin.checkpoint.manifest["world"].get("arrival")
     if arrival:
-        subject.way.optimizer.arrival = arrival
+        snapshot.strategy.optimizer.arrival = arrival
     if clock is not None:
         center, sums = training["center"], training.get("sums")
-        subject.way.optimizer.restore(
+        snapshot.strategy.optimizer.restore(
             clock, None if center is None else center.numpy(), None if sums is None else sums.numpy()
         )
-    everywhere(subject.comm, lambda: _restore_rank(origin, subject, training))
+    everywhere(snapshot.comm, lambda: _restore_rank(origin, snapshot, training))
 
 
-def _restore_rank(origin: Origin, subject: Snapshot, training: Mapping[str, Any]) -> None:
-    rank = subject.comm.rank
+def _restore_rank(origin: Origin, snapshot: Snapshot, training: Mapping[str, Any]) -> None:
+    rank = snapshot.comm.rank
     local: dict[str, Any] = {}
     if origin.local is not None:
         local = decode(origin.local.read(local_name(rank) if origin.template is None else LOCAL))
-    _load_optimizer(origin, subject, training if origin.template is None else local)
+    _load_optimizer(origin, snapshot, training if origin.template is None else local)
     if local:
-        subject.way.restore_statistics(local["statistics"])
-        buffers = dict(subject.model.named_buffers())
+        snapshot.strategy.restore_statistics(local["statistics"])
+        buffers = dict(snapshot.model.named_buffers())
         with torch.no_grad():
             for name, value in local["buffers"].items():
                 buffers[name].copy_(value)
         restore_random_state(local["random"])
     else:
-        seed_all(seed_for(subject.settings.seed, rank, origin.done.steps))
-    subject.way.optimizer.statistics.steps = origin.done.steps
-    if origin.template is not None or origin.checkpoint.manifest["world"]["ranks"] == subject.comm.size:
+        seed_all(seed_for(snapshot.settings.seed, rank, origin.done.steps))
+    snapshot.strategy.optimizer.statistics.steps = origin.done.steps
+    if origin.template is not None or origin.checkpoint.manifest["world"]["ranks"] == snapshot.comm.size:
         if local.get("own"):
-            subject.way.restore_own_state(local["own"])
+            snapshot.strategy.restore_own_state(local["own"])
     else:
-        subject.way.restore_common_state(training["common"])
+        snapshot.strategy.restore_common_state(training["common"])
 
 
-def _load_optimizer(origin: Origin, subject: Snapshot, own: Mapping[str, Any]) -> None:
-    """Loads optimiser and scheduler; a worker that is new, or one among another number, keeps pace with the template.
+def _load_optimizer(origin: Origin, snapshot: Snapshot, own: Mapping[str, Any]) -> None:
+    """Loads optimiser and scheduler; a worker that is new, or among another number of workers, takes the template's.
 
     A new worker's optimiser begins without moments.
     """
     template = origin.template
-    keeps_pace = template is not None and (
-        origin.local is None or origin.checkpoint.manifest["world"]["ranks"] != subject.comm.size
+    as_template = template is not None and (
+        origin.local is None or origin.checkpoint.manifest["world"]["ranks"] != snapshot.comm.size
     )
-    hyper = decode(template.read(LOCAL)) if template is not None and keeps_pace else own
+    hyper = decode(template.read(LOCAL)) if template is not None and as_template else own
     state = own["optimizer"]["state"] if own else {}
-    subject.way.optimizer.load_state_dict({"state": state, "param_groups": hyper["optimizer"]["param_groups"]})
-    if subject.scheduler is not None and hyper["scheduler"] is not None:
-        subject.scheduler.load_state_dict(hyper["scheduler"])
+    snapshot.strategy.optimizer.load_state_dict({"state": state, "param_groups": hyper["optimizer"]["param_groups"]})
+    if snapshot.scheduler is not None and hyper["scheduler"] is not None:
+        snapshot.scheduler.load_state_dict(hyper["scheduler"])

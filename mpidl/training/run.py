@@ -31,7 +31,7 @@ from mpidl.training.snapshot import Snapshot
 from mpidl.training.stop import StopRequest
 from mpidl.training.strategies import Strategy, new_strategy
 
-_EVALUATION_OF_A_STOPPED_RUN = 10.0  # seconds at most: who was asked to stop may not have long
+_EVALUATION_OF_A_STOPPED_RUN = 10.0  # seconds at most: a run that was asked to stop may be killed soon
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Progressed:
 
 
 def run(settings: Settings, stop: StopRequest, comm: Communicator | None = None) -> int:
-    """Trains the job as the settings say and writes its outputs; a collective over all ranks, the last may only serve.
+    """Trains the job as the settings say and writes its outputs; a collective over all ranks, dedicated servers too.
 
     Args:
         settings: what the user asked for.
         stop: becomes set when this rank is asked to stop.
-        comm: who trains; default `mpidl.world()`.
+        comm: the ranks that train; default `mpidl.world()`.
 
     Returns:
         The exit status: 0, 75 if the run was stopped on request, or 1 if its last checkpoint could not be written.
@@ -78,8 +78,8 @@ def run(settings: Settings, stop: StopRequest, comm: Communicator | None = None)
     if origin is not None:
         everywhere(comm, lambda: resuming.load_model(origin, prepared.model))
         resuming.reuse_link(origin, comm)
-    way = new_strategy(settings, prepared.optimizer, prepared.model, comm)
-    return _Run(settings, comm, prepared, folder, way, kept, origin).train(stop)
+    strategy = new_strategy(settings, prepared.optimizer, prepared.model, comm)
+    return _Run(settings, comm, prepared, folder, strategy, kept, origin).train(stop)
 
 
 def _prepare(settings: Settings, job: Job) -> Prepared:
@@ -103,7 +103,7 @@ class _Run:
     comm: Communicator
     prepared: Prepared
     folder: Folder
-    way: Strategy
+    strategy: Strategy
     kept: dict[str, Any]  # settings that a run keeps when it goes on
     origin: Origin | None  # where it goes on from
 
@@ -111,14 +111,14 @@ class _Run:
         settings, comm, prepared, origin = self.settings, self.comm, self.prepared, self.origin
         self._share: Share = training_share(prepared.train, comm.rank, comm.size, settings.batch_size, settings.seed)
         self._recorder = self._new_recorder()
-        self._subject = Snapshot(
+        self._snapshot = Snapshot(
             settings=settings,
             identity=self.kept,
             comm=comm,
             checkpoints=self.folder.checkpoints,
             model=prepared.model,
-            way=self.way,
-            scheduler=prepared.job.new_scheduler(self.way.optimizer),
+            strategy=self.strategy,
+            scheduler=prepared.job.new_scheduler(self.strategy.optimizer),
             recorder=self._recorder,
             resumed=origin.resumed if origin is not None else 0,
         )
@@ -132,11 +132,18 @@ class _Run:
         saver = self._new_saver()
         self._recorder.start()
         loop = Loop(
-            prepared.job, prepared.model, self.way, self._subject.scheduler, self._share, self._recorder, saver, stop
+            prepared.job,
+            prepared.model,
+            self.strategy,
+            self._snapshot.scheduler,
+            self._share,
+            self._recorder,
+            saver,
+            stop,
         )
         position = loop.run(start, self.settings.epochs)
         saver.before_finish(position)
-        self.way.optimizer.finish()
+        self.strategy.optimizer.finish()
         seconds = self._recorder.seconds
         saver.after_finish(position)
         self._recorder.close()
@@ -148,10 +155,10 @@ class _Run:
 
     def _restore(self, origin: Origin) -> None:
         try:
-            resuming.restore(origin, self._subject)
+            resuming.restore(origin, self._snapshot)
         except RefusedError:  # on all ranks alike: so all can close what is open, and leave quietly
             self._recorder.close()
-            self.way.optimizer.finish()
+            self.strategy.optimizer.finish()
             raise
 
     def _new_saver(self) -> Saver:
@@ -160,10 +167,10 @@ class _Run:
         mine = Store(checkpoints).next_number() if comm.rank == 0 else 0
         number = int(comm.allreduce(np.array([mine], np.int64))[0])
         if self.settings.synchronous:
-            return SynchronousSaver(self._subject, number)
+            return SynchronousSaver(self._snapshot, number)
         own = Store(worker_folder(checkpoints, comm.rank)).next_number()
         clock = self.origin.checkpoint.manifest["clock"] if self.origin is not None else None
-        return AsynchronousSaver(self._subject, own, number, clock)
+        return AsynchronousSaver(self._snapshot, own, number, clock)
 
     def _agreed(self, position: Position, saver: Saver) -> Progressed:
         """What the ranks did together: a worker may have ended its last epoch before another was asked to stop."""
@@ -193,7 +200,7 @@ class _Run:
         before = self.origin.done if self.origin is not None else NOTHING
         writes = rank == 0 or not settings.synchronous
         metrics = self.folder.metrics(None if settings.synchronous else rank, before.steps) if writes else None
-        return Recorder(self.way, metrics, progress, settings.log_every, before)
+        return Recorder(self.strategy, metrics, progress, settings.log_every, before)
 
     def _summary(self, progressed: Progressed, seconds: float) -> dict[str, Any]:
         """What is known before the evaluation; a collective. Figures are those of all parts of a run that went on."""
@@ -205,7 +212,7 @@ class _Run:
             "job": str(settings.job),
             "algorithm": settings.algorithm,
             "stopped": progressed.stopped,
-            "resumed": self._subject.resumed,
+            "resumed": self._snapshot.resumed,
             "resumed_from": None if origin is None else f"{CHECKPOINTS}/{origin.checkpoint.path.name}",
             "checkpoint": f"{CHECKPOINTS}/{newest[0]:06d}" if newest else None,
             "held_out_loss": None,
@@ -223,21 +230,28 @@ class _Run:
             "hyperparameters": algorithms.parsed(settings),
             "seed": settings.seed,
             "options": {name: resuming.plain(value) for name, value in self.prepared.job.options.items()},
-            **self.way.totals(),
-            "ranks": self.comm.size,
-            "servers": self.comm.servers,
-            "shard": settings.shard,
-            "nodes": self.comm.nodes,
-            "link": (link := self.comm.topology.link) and link.as_dict(),
-            "threads_per_rank": torch.get_num_threads(),
-            "mpi": runtime.mpi_description(),
-            "versions": {
-                "mpidl": mpidl.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "command": settings.command,
+            **self.strategy.totals(),
+            **_surroundings(self.comm, settings),
         }
+
+
+def _surroundings(comm: Communicator, settings: Settings) -> dict[str, Any]:
+    """What the summary says of ranks, machines and versions."""
+    return {
+        "ranks": comm.size,
+        "servers": comm.servers,
+        "shard": settings.shard,
+        "nodes": comm.nodes,
+        "link": (link := comm.topology.link) and link.as_dict(),
+        "threads_per_rank": torch.get_num_threads(),
+        "mpi": runtime.mpi_description(),
+        "versions": {
+            "mpidl": mpidl.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "command": settings.command,
+    }
 
 
 def _figures(held_out: HeldOut | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""When a run's checkpoints are written, by whom, and what is in them.
+"""When a run's checkpoints are written, by which rank, and what is in them.
 
 Synchronous: all ranks together, at the same step. Each writes what it alone holds, `rank.<rank>.pt`, and rank 0 the
-rest. Asynchronous: nobody waits for anybody. Rank 0 writes the center and its clock to `checkpoints/`, and each worker
+rest. Asynchronous: no rank waits for another. Rank 0 writes the center and its clock to `checkpoints/`, and each worker
 at a commit of its own what it alone holds to `checkpoints/worker.<rank>/`.
 """
 
@@ -82,26 +82,26 @@ class SynchronousSaver:
         number: of the next checkpoint; equal on all ranks.
     """
 
-    def __init__(self, subject: Snapshot, number: int) -> None:
-        self._subject, self._number = subject, number
-        self._saved = subject.recorder.steps
-        self._timer = Timer(subject.settings.checkpoint_every if subject.comm.rank == 0 else None)
+    def __init__(self, snapshot: Snapshot, number: int) -> None:
+        self._snapshot, self._number = snapshot, number
+        self._saved = snapshot.recorder.steps
+        self._timer = Timer(snapshot.settings.checkpoint_every if snapshot.comm.rank == 0 else None)
         self.failed = False
 
     def after_step(self, position: Position) -> None:
         """A wish of rank 0 travels with the next record; until then the others do not know it."""
-        way = self._subject.way
-        if way.due and self._subject.recorder.just_recorded:
+        strategy = self._snapshot.strategy
+        if strategy.due and self._snapshot.recorder.just_recorded:
             self._save(position)
         elif self._timer.rings():
-            way.due = True
+            strategy.due = True
 
     def after_epoch(self, position: Position) -> None:
         self._save(position)
 
     def before_finish(self, position: Position) -> None:
         """What `finish()` does to the buffers must not be in the checkpoint: the run may go on from it."""
-        if self._subject.recorder.steps != self._saved:
+        if self._snapshot.recorder.steps != self._saved:
             self._save(position)
 
     def after_finish(self, position: Position) -> None:
@@ -109,45 +109,45 @@ class SynchronousSaver:
 
     def _save(self, position: Position) -> None:
         """A collective. What cannot be written leaves the checkpoint before it, and training goes on."""
-        self._subject.way.due = False
+        self._snapshot.strategy.due = False
         self._timer.start()
-        comm, draft = self._subject.comm, Draft(self._subject.checkpoints, self._number)
+        comm, draft = self._snapshot.comm, Draft(self._snapshot.checkpoints, self._number)
         try:
             _on_rank_0(comm, draft.create)
             samples, entries = self._write(draft)
-            _on_rank_0(comm, lambda: draft.commit(self._subject.manifest(position, samples), entries))
+            _on_rank_0(comm, lambda: draft.commit(self._snapshot.manifest(position, samples), entries))
         except RefusedError as error:
             self.failed = True
             if comm.rank == 0:
                 draft.drop()
                 exit_protocol.say(f"checkpoint {self._number} could not be written, the one before it stays: {error}")
             return
-        self._number, self._saved, self.failed = self._number + 1, self._subject.recorder.steps, False
+        self._number, self._saved, self.failed = self._number + 1, self._snapshot.recorder.steps, False
         if comm.rank == 0:
-            Store(self._subject.checkpoints).keep(self._subject.settings.keep)
+            Store(self._snapshot.checkpoints).keep(self._snapshot.settings.keep)
 
     def _write(self, draft: Draft) -> tuple[int, dict[str, Entry]]:
         """Writes every rank's files; returns the samples of all ranks and what the manifest says of all files."""
-        subject, comm = self._subject, self._subject.comm
-        local, training = subject.local(), subject.optimizer()
-        state.average_buffers(comm.topology, subject.model)  # in the model that is saved, as at `finish()`
+        snapshot, comm = self._snapshot, self._snapshot.comm
+        local, training = snapshot.local(), snapshot.optimizer()
+        state.average_buffers(comm.topology, snapshot.model)  # in the model that is saved, as at `finish()`
         try:
             mine = everywhere(comm, lambda: _refusing(lambda: self._files(draft, local, training)))
         finally:
             with torch.no_grad():
-                for name, buffer in subject.model.named_buffers():
+                for name, buffer in snapshot.model.named_buffers():
                     buffer.copy_(local["buffers"][name])
-        words = {"samples": subject.recorder.samples, "files": {name: asdict(entry) for name, entry in mine.items()}}
+        words = {"samples": snapshot.recorder.samples, "files": {name: asdict(entry) for name, entry in mine.items()}}
         gathered = comm.topology.gather_bytes(json.dumps(words).encode(), "writing a checkpoint")
         everyone = [json.loads(text) for text in gathered]
         entries = {name: Entry(**entry) for each in everyone for name, entry in each["files"].items()}
         return sum(each["samples"] for each in everyone), entries
 
     def _files(self, draft: Draft, local: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Entry]:
-        rank = self._subject.comm.rank
+        rank = self._snapshot.comm.rank
         entries = {local_name(rank): draft.add(local_name(rank), encode(local))}
         if rank == 0:
-            entries |= _add_shared(draft, self._subject.way.shared(), training)
+            entries |= _add_shared(draft, self._snapshot.strategy.shared(), training)
         return entries
 
 
@@ -160,25 +160,25 @@ class AsynchronousSaver:
         clock: commits in the newest checkpoint of the center, None if there is none.
     """
 
-    def __init__(self, subject: Snapshot, number: int, shared_number: int, clock: int | None) -> None:
-        self._subject, self._number, self._shared_number = subject, number, shared_number
-        self._saved, self._saved_clock = subject.recorder.steps, clock
-        self._timer = Timer(subject.settings.checkpoint_every)
+    def __init__(self, snapshot: Snapshot, number: int, shared_number: int, clock: int | None) -> None:
+        self._snapshot, self._number, self._shared_number = snapshot, number, shared_number
+        self._saved, self._saved_clock = snapshot.recorder.steps, clock
+        self._timer = Timer(snapshot.settings.checkpoint_every)
         self.failed = False
         self._local: dict[str, Any] = {}
 
     def after_step(self, position: Position) -> None:
         """Between two windows a worker holds nothing of its own but optimiser, buffers and random numbers."""
-        way = self._subject.way
-        if (way.due or self._timer.rings()) and way.optimizer.exchanged:
-            way.due = False
+        strategy = self._snapshot.strategy
+        if (strategy.due or self._timer.rings()) and strategy.optimizer.exchanged:
+            strategy.due = False
             self._timer.start()
             self._local = self._captured()
             self._save(position)
 
     def after_epoch(self, position: Position) -> None:
-        if position.epoch < self._subject.settings.epochs:
-            self._subject.way.due = True
+        if position.epoch < self._snapshot.settings.epochs:
+            self._snapshot.strategy.due = True
             self.after_step(position)
 
     def before_finish(self, position: Position) -> None:
@@ -187,20 +187,20 @@ class AsynchronousSaver:
 
     def after_finish(self, position: Position) -> None:
         """The tail was committed meanwhile, after what may have been saved at the last step."""
-        now = self._subject.exchanged()
+        now = self._snapshot.exchanged()
         if now["statistics"]["commits"] != self._local["statistics"]["commits"]:
             self._saved = -1
         self._local |= now
         self._save(position)
 
     def _captured(self) -> dict[str, Any]:
-        return {**self._subject.local(), **self._subject.optimizer()}
+        return {**self._snapshot.local(), **self._snapshot.optimizer()}
 
     def _save(self, position: Position) -> None:
         """No collective. What cannot be written leaves the checkpoint before it, and training goes on."""
-        subject, rank = self._subject, self._subject.comm.rank
+        snapshot, rank = self._snapshot, self._snapshot.comm.rank
         try:
-            if subject.recorder.steps != self._saved:
+            if snapshot.recorder.steps != self._saved:
                 self._save_local(position)
             if rank == 0:  # afterwards: where a center is, at least this worker's state is
                 self._save_shared(position)
@@ -210,24 +210,24 @@ class AsynchronousSaver:
             exit_protocol.say(f"rank {rank}: a checkpoint could not be written, the one before it stays: {error}")
 
     def _save_local(self, position: Position) -> None:
-        subject = self._subject
-        store = Store(worker_folder(subject.checkpoints, subject.comm.rank))
+        snapshot = self._snapshot
+        store = Store(worker_folder(snapshot.checkpoints, snapshot.comm.rank))
         draft = Draft(store.path, self._number)
-        samples = subject.recorder.samples
-        _write(draft, lambda: {LOCAL: draft.add(LOCAL, encode(self._local))}, subject.manifest(position, samples))
-        self._number, self._saved = self._number + 1, subject.recorder.steps
-        store.keep(subject.settings.keep)
+        samples = snapshot.recorder.samples
+        _write(draft, lambda: {LOCAL: draft.add(LOCAL, encode(self._local))}, snapshot.manifest(position, samples))
+        self._number, self._saved = self._number + 1, snapshot.recorder.steps
+        store.keep(snapshot.settings.keep)
 
     def _save_shared(self, position: Position) -> None:
-        subject = self._subject
-        shared = subject.way.shared()
+        snapshot = self._snapshot
+        shared = snapshot.strategy.shared()
         if shared.clock == self._saved_clock:
             return
-        draft = Draft(subject.checkpoints, self._shared_number)
-        manifest = subject.manifest(position, subject.recorder.samples, shared.clock)
+        draft = Draft(snapshot.checkpoints, self._shared_number)
+        manifest = snapshot.manifest(position, snapshot.recorder.samples, shared.clock)
         _write(draft, lambda: _add_shared(draft, shared, {"center": shared.center, "sums": shared.sums}), manifest)
         self._shared_number, self._saved_clock = self._shared_number + 1, shared.clock
-        Store(subject.checkpoints).keep(subject.settings.keep)
+        Store(snapshot.checkpoints).keep(snapshot.settings.keep)
 
 
 def _add_shared(draft: Draft, shared: Shared, training: Mapping[str, Any]) -> dict[str, Entry]:

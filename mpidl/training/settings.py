@@ -18,7 +18,7 @@ class Settings:
     algorithm: str = "synchronous"
     epochs: int = 20
     batch_size: int = 16  # samples per rank and step
-    communication_window: int = 3  # local steps per exchange, not in the synchronous way
+    communication_window: int = 3  # local steps per exchange, not with `synchronous`
     max_clock_spread: int | None = None  # exchanges that a worker may be ahead of the slowest, asynchronous only
     hyperparameters: tuple[str, ...] = ()  # of the algorithm, each NAME=VALUE
     shard: bool = False  # ranks share weights and optimiser state, synchronous only
@@ -35,5 +35,5 @@ class Settings:
 
     @property
     def synchronous(self) -> bool:
-        """Whether all ranks keep pace, so that collectives between steps are allowed."""
+        """Whether all ranks take their steps together, so that collectives between steps are allowed."""
         return self.algorithm in ("synchronous", "model-averaging", "diloco")

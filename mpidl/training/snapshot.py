@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run under way, as one rank sees it; `saving` says when it is written, and by whom."""
+"""What a checkpoint holds of a run under way, as one rank sees it; `saving` says when it is written, by which rank."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mpidl.training.strategies import Strategy
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is saved: one rank's run under way."""
+    """What is saved: one rank's run under strategy."""
 
     settings: Settings
     identity: Mapping[str, Any]  # settings that a run keeps
     comm: Communicator
     checkpoints: Path
     model: torch.nn.Module
-    way: Strategy
+    strategy: Strategy
     scheduler: LRScheduler | None
     recorder: Recorder
     resumed: int  # how often this run has gone on after a stop
@@ -49,7 +49,7 @@ class Snapshot:
                 "ranks": ranks.size,
                 "nodes": list(ranks.placement.nodes),
                 "link": ranks.link and ranks.link.as_dict(),
-                "arrival": getattr(self.way.optimizer, "arrival", None),
+                "arrival": getattr(self.strategy.optimizer, "arrival", None),
             },
             "run": dict(self.identity),
             "position": asdict(position),
@@ -63,8 +63,8 @@ class Snapshot:
     def optimizer(self) -> dict[str, Any]:
         """State of optimiser and scheduler; synchronous: a collective."""
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        optimizer = self.way.optimizer_state()
-        return {"optimizer": optimizer, "scheduler": scheduler, "common": self.way.common_state()}
+        optimizer = self.strategy.optimizer_state()
+        return {"optimizer": optimizer, "scheduler": scheduler, "common": self.strategy.common_state()}
 
     def local(self) -> dict[str, Any]:
         """What this rank alone holds. Buffers (BatchNorm statistics) differ between ranks while they train."""
@@ -76,8 +76,10 @@ class Snapshot:
 
     def exchanged(self) -> dict[str, Any]:
         """The part of it that an exchange with the others changes."""
-        own = self.way.own_state()  # first: it waits for an exchange that is under way, which is counted then
-        statistics = dict(vars(self.way.optimizer.statistics))
+        own = (
+            self.strategy.own_state()
+        )  # first: it waits for an exchange that is under way, so that the statistics count it
+        statistics = dict(vars(self.strategy.optimizer.statistics))
         return {
             "own": own,
             "statistics": {k: dict(v) if isinstance(v, Mapping) else v for k, v in statistics.items()},

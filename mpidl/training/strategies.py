@@ -1,6 +1,6 @@
-"""The two ways of training as the loop sees them: how a batch is weighed, what is recorded, what is saved of all.
+"""Strategies: how the loop weighs a batch, records figures and saves the model, for each kind of algorithm.
 
-What makes them differ lives below, in `mpidl.synchronous` and `mpidl.parameter_server`.
+The algorithms themselves are in `mpidl.synchronous` and `mpidl.parameter_server`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shared:
     model: dict[str, Any]  # as `state_dict` has it
     clock: int | None = None  # commits in it, asynchronous only
     center: torch.Tensor | None = None  # flat, where it is wider than the model's dtypes
-    sums: torch.Tensor | None = None  # flat, what lies beside the center, if anything does
+    sums: torch.Tensor | None = None  # flat, the sums that lie with the center, if there are any
 
 
 class Strategy(Protocol):
@@ -139,14 +139,14 @@ class SynchronousStrategy:
 
 
 class PeriodicStrategy(SynchronousStrategy):
-    """All ranks keep pace, but between rounds each has parameters of its own: what is saved of all is their average."""
+    """All ranks step together, but have parameters of their own between rounds, whose average is saved."""
 
     def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
         super().__init__(optimizer, model, comm)
         self._averaged: dict[str, torch.Tensor] = {}
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
-        """Parameters are averaged and not gradients: a batch weighs nothing."""
+        """Parameters are averaged and not gradients: batches have no weights."""
         return contextlib.nullcontext()
 
     def shared(self) -> Shared:
@@ -175,7 +175,7 @@ class PeriodicStrategy(SynchronousStrategy):
 
 
 class AsynchronousStrategy:
-    """Workers go at their own pace: each records for itself, and what is saved is the center variable."""
+    """Workers step on their own: each records for itself, and the center variable is saved."""
 
     def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
         self.optimizer = optimizer
@@ -184,7 +184,7 @@ class AsynchronousStrategy:
         self.due = False
 
     def weighted(self, count: int) -> contextlib.AbstractContextManager[Any]:
-        """Nobody's gradients are averaged with another's here: a batch weighs nothing."""
+        """No gradients are averaged: batches have no weights."""
         return contextlib.nullcontext()
 
     def record(self, tally: Tally) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class AsynchronousStrategy:
         return {}
 
     def restore_common_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """It is in the center, and beside it."""
+        """It is saved with the center."""
 
     def restore_statistics(self, saved: Mapping[str, Any]) -> None:
         statistics = self.optimizer.statistics
@@ -291,11 +291,6 @@ def new_strategy(
     except (ArgumentError, DtypeError, SharedMemoryError) as error:  # alike on every rank
         where = "--shard" if settings.shard else f"--algorithm {settings.algorithm}"
         raise RefusedError(f"{where}: {error}") from error
-    way = (
-        PeriodicStrategy
-        if algorithm.periodic
-        else SynchronousStrategy
-        if algorithm.synchronous
-        else AsynchronousStrategy
-    )
-    return way(made, model, comm)
+    if not algorithm.synchronous:
+        return AsynchronousStrategy(made, model, comm)
+    return (PeriodicStrategy if algorithm.periodic else SynchronousStrategy)(made, model, comm)

@@ -126,7 +126,7 @@ def _communicator(size: int) -> mpidl.Communicator:
     return _communicators[size]
 
 
-@pytest.fixture(params=["node", "mail", "rma"])
+@pytest.fixture(params=["node", "active_message", "rma"])
 def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the center is held, by the switches that users have."""
     from mpidl.mpi import shared_memory
@@ -136,7 +136,7 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "node" and len(nodes) > 1:
         pytest.skip("ranks of several nodes share no memory")
     monkeypatch.setenv(shared_memory.SWITCH, "0" if request.param == "rma" else "1")
-    monkeypatch.setenv(protocols.SWITCH, "mail" if request.param == "mail" else "")
+    monkeypatch.setenv(protocols.SWITCH, request.param if request.param == "active_message" else "")
     return str(request.param)
 
 

@@ -16,8 +16,8 @@ KINDS = {
         *(mpidl.EAMSGD, mpidl.DCASGD, mpidl.GEM, mpidl.DistBelief),
     )
 }
-BESIDE = {  # by a thread, beside local steps
-    f"{kind.__name__} beside": functools.partial(kind, overlap=1)
+OVERLAPPED = {  # a thread makes the exchange while the worker takes local steps
+    f"{kind.__name__} overlapped": functools.partial(kind, overlap=1)
     for kind in (mpidl.Downpour, mpidl.AGN, mpidl.DynSGD, mpidl.DistBelief)
 }
 ELEMENTS = 1000

@@ -151,7 +151,7 @@ def test_channels_last_and_bfloat16_models(comm):
         torch.optim.SGD(model.parameters(), lr=1.0), model, communication_window=1, comm=comm
     ) as optimizer:
         if comm.rank == 0:  # put the center where bfloat16 cannot follow: 256.25 is 256 there
-            optimizer._server.commit(np.full(optimizer._layout.count, 0.25, np.float32))
+            optimizer._center.commit(np.full(optimizer._layout.count, 0.25, np.float32))
         comm.barrier()
         for _ in range(3):  # steps that move nothing must commit nothing: no rounding error leaks into the center
             model.weight.grad = torch.zeros_like(model.weight)
@@ -160,7 +160,7 @@ def test_channels_last_and_bfloat16_models(comm):
         comm.barrier()
         _, center = optimizer.center()
         flat = np.empty(optimizer._layout.count, np.float32)
-        optimizer._server.pull(flat)
+        optimizer._center.pull(flat)
         comm.barrier()  # all have read: rank 0 may move on
         assert (flat[: 4 * 27] == 256.25).all()
         assert center["weight"].shape == (4, 3, 3, 3) and center["weight"].dtype == torch.bfloat16

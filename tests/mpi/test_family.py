@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from family_helpers import BESIDE, ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, in_turns, one_step, sgd, weight
+from family_helpers import (
+    ELEMENTS,
+    KINDS,
+    OVERLAPPED,
+    Bowl,
+    Slope,
+    center_of,
+    everyone,
+    in_turns,
+    one_step,
+    sgd,
+    weight,
+)
 from training_helpers import assert_alike, batch, loss_of, mlp
 
 import mpidl
@@ -224,8 +236,8 @@ def test_pushes_and_fetches_of_distbelief_have_periods_of_their_own(comm):
     """Between two fetches a worker steps on its own; what is pushed is the sum of the gradients, not the move."""
     model = Slope(comm.rank)
     optimizer = mpidl.DistBelief(sgd(model, 0.5, momentum=0.9), model, n_push=2, n_fetch=5, comm=comm)
-    pulls, pull = [], optimizer._pull
-    optimizer._pull = lambda: (pulls.append(optimizer.statistics.steps), pull())[1]
+    pulls, pull = [], optimizer._center.pull
+    optimizer._center.pull = lambda out: (pulls.append(optimizer.statistics.steps), pull(out))[1]
     for step in range(1, 12):
         before = weight(model)
         one_step(model, optimizer)
@@ -242,11 +254,11 @@ def test_pushes_and_fetches_of_distbelief_have_periods_of_their_own(comm):
 # ------------------------------------------------------------------------------------------------ what all have to do
 
 
-@pytest.mark.parametrize("name", KINDS | BESIDE)
+@pytest.mark.parametrize("name", KINDS | OVERLAPPED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tails_are_committed_and_all_end_alike(comm, name, dtype):
     model = mlp(dtype)
-    with (KINDS | BESIDE)[name](sgd(model, 0.01), model, communication_window=3, comm=comm) as optimizer:
+    with (KINDS | OVERLAPPED)[name](sgd(model, 0.01), model, communication_window=3, comm=comm) as optimizer:
         for step in range(4 + comm.rank):
             optimizer.zero_grad()
             loss_of(model, batch(comm.rank, step, dtype=dtype)).backward()

@@ -28,9 +28,9 @@ class Crowd:
         for _ in range(n):
             model = Bowl(np.ones(1))
             self.workers.append((model, kind(sgd(model, lr), model, communication_window=window, comm=comm)))
-        self.servers = [optimizer._server for _, optimizer in self.workers]
+        self.servers = [optimizer._center for _, optimizer in self.workers]
         for _, optimizer in self.workers:
-            optimizer._server = self.servers[0]
+            optimizer._client.center = self.servers[0]
 
     def go(self, turn):
         """Has one worker take a window's steps, and so exchange."""
@@ -49,7 +49,7 @@ class Crowd:
 
     def close(self):
         for (_, optimizer), server in zip(self.workers, self.servers, strict=True):
-            optimizer._server = server
+            optimizer._client.center = server
             optimizer.finish()
 
 

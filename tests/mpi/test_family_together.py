@@ -11,7 +11,7 @@ from family_helpers import ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, on
 
 import mpidl
 from mpidl.parameter_server.center import clock as clocks
-from mpidl.parameter_server.center.center import Beside, Center
+from mpidl.parameter_server.center.center import Center, Requirements
 
 WITH_OTHERS = True
 SERVERS = (0, 1)
@@ -30,7 +30,7 @@ def test_exchanges_lose_and_tear_nothing(world_comm):
     """
     comm = world_comm
     ranks = comm.topology.duplicate("test of the exchange")
-    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Beside(locks=True))
+    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Requirements(locks=True))
     mine, out, numbers = np.full(ELEMENTS, comm.rank + 1.0), np.empty(ELEMENTS), []
     clock = 0
     for _ in range(SWAPS):
@@ -60,7 +60,7 @@ def test_a_lock_is_given_in_the_order_in_which_it_was_asked_for(world_comm):
     """Fair service: rank 0 holds it until all others have asked, the last rank first; none may overtake another."""
     comm = world_comm
     ranks = comm.topology.duplicate("test of the locks")
-    server = Center(ranks, np.zeros(1), "test", comm.dedicated_servers, Beside(locks=True))
+    server = Center(ranks, np.zeros(1), "test", comm.dedicated_servers, Requirements(locks=True))
     (part,) = (part for part in server._order if part.count)
     tickets, out, asked = server._locks._window, np.empty(1), 0
     mine = (comm.size - comm.rank) % comm.size  # 0, then the last rank, ...
@@ -83,7 +83,7 @@ def test_sums_of_squares_count_every_push_in_one_order(world_comm):
     """Integers: sums are exact, and what each push found before itself are the partial sums of one order."""
     comm = world_comm
     ranks = comm.topology.duplicate("test of the sums")
-    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Beside(sums=True))
+    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Requirements(sums=True))
     found = [server.add_to_sums(np.full(ELEMENTS, 1.0 + comm.rank)) for _ in range(60)]
     ranks.barrier("all have pushed")
     total = 60 * comm.size * (comm.size + 1) / 2
@@ -103,7 +103,8 @@ def test_dynsgd_scales_by_a_staleness_that_no_other_commit_shares(world_comm, mo
     commit = Center.commit_and_pull
 
     def logged(server, delta, out, *, scale, short, number):
-        log.append((number, optimizer._clock, delta[1] * scale))
+        seen = optimizer._client.seen
+        log.append((number, seen.own + seen.others, delta[1] * scale))
         return commit(server, delta, out, scale=scale, short=short, number=number)
 
     monkeypatch.setattr(Center, "commit_and_pull", logged)
@@ -135,7 +136,7 @@ def test_no_worker_is_more_than_the_spread_ahead(world_comm, name, spread):
     slow = comm.rank == comm.size - 1
     model = Slope(comm.rank)
     optimizer = KINDS[name](sgd(model, 1e-3), model, communication_window=1, max_clock_spread=spread, comm=comm)
-    clock = optimizer._server.clock
+    clock = optimizer._center.clock
     if slow:
         others = [0]
         while min(others) < spread + 1:
@@ -168,8 +169,13 @@ def test_a_spread_of_0_is_bulk_synchronous(world_comm):
     comm, rounds, lr = world_comm, 6, 1 / 8
     model = Bowl(np.zeros(7), np.arange(7.0) * (comm.rank + 1))
     optimizer = mpidl.Downpour(sgd(model, lr), model, communication_window=1, max_clock_spread=0, comm=comm)
-    fetch = optimizer._fetch
-    optimizer._fetch = lambda: (time.sleep(0.02 if comm.rank == comm.size - 1 else 0), fetch())
+    pull = optimizer._center.pull
+
+    def dawdling(out):
+        time.sleep(0.02 if comm.rank == comm.size - 1 else 0)
+        return pull(out)
+
+    optimizer._center.pull = dawdling
     for _ in range(rounds):
         one_step(model, optimizer)
     optimizer.finish()
@@ -188,7 +194,7 @@ def test_without_a_spread_nobody_waits_and_nothing_is_counted(world_comm):
             one_step(model, optimizer)
     comm.barrier()
     assert optimizer.statistics.seconds_waiting == 0
-    assert (committed(optimizer._server.clock) == 0).all()
+    assert (committed(optimizer._center.clock) == 0).all()
     comm.barrier()
     optimizer.finish()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from history import Commit, Pull, Shape, complaints
 
-from mpidl.parameter_server.center.center import Beside, Center
+from mpidl.parameter_server.center.center import Center, Requirements
 
 WITH_OTHERS = True
 RANKS = (4, 8)
@@ -24,7 +24,7 @@ ELEMENTS, EACH = 257, 12  # elements of the center, commits of a worker
 def test_free_runners(world_comm, way):
     comm, locked = world_comm, way == "exchange"
     ranks = comm.topology.duplicate("test of histories")
-    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Beside(locks=locked))
+    server = Center(ranks, np.zeros(ELEMENTS), "test", comm.dedicated_servers, Requirements(locks=locked))
     shards = tuple(sorted((part.start, part.start + part.count) for part in server._order))
     shape = Shape(EACH * comm.size, ELEMENTS, shards)
     commits, pulls, source = [], [], random.Random(comm.rank)

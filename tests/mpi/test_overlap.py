@@ -1,5 +1,5 @@
-"""Exchanges beside local steps (`overlap`): what they do to the last bit, how stale they are, what they hide, what
-they refuse.
+"""Exchanges that overlap with local steps (`overlap`): what they do to the last bit, how stale they are, what they
+hide, what they refuse.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from family_helpers import BESIDE, ELEMENTS, KINDS, Bowl, Slope, center_of, everyone, one_step, sgd, weight
+from family_helpers import ELEMENTS, KINDS, OVERLAPPED, Bowl, Slope, center_of, everyone, one_step, sgd, weight
 from training_helpers import batch, loss_of, mlp
 
 import mpidl
@@ -23,10 +23,10 @@ START = np.linspace(-1, 2, 7)
 
 
 def landed(optimizer):
-    """Waits for the thread, and lets what it has fetched lie."""
-    under_way = optimizer._under_way
-    if under_way is not None:
-        getattr(under_way, "future", under_way).wait(lambda: None)
+    """Waits for the thread; what it has pulled is not taken over yet."""
+    if optimizer._overlap._under_way is not None:
+        future, _ = optimizer._overlap._under_way
+        future.wait(lambda: None)
 
 
 def in_turns(comm, model, optimizer, steps):
@@ -147,21 +147,21 @@ def test_pushes_and_fetches_of_distbelief_by_a_thread(comm, n_push, n_fetch, ove
 
 
 @pytest.mark.usefixtures("protocol")
-@pytest.mark.parametrize("name", ["Downpour beside", "DynSGD beside", "DistBelief beside"])
+@pytest.mark.parametrize("name", ["Downpour overlapped", "DynSGD overlapped", "DistBelief overlapped"])
 def test_no_commit_is_lost_or_doubled(comm, name):
     """Whole numbers, as fast as all can: the center is the sum of all commits, and each has a number of its own."""
     model, steps = Slope(comm.rank), 40
     lr, window = 1.0, {"communication_window": 2}
     numbers, applied = [], []
-    optimizer = BESIDE[name](sgd(model, lr), model, comm=comm, **window)
-    begin = optimizer._server.clock.begin
+    optimizer = OVERLAPPED[name](sgd(model, lr), model, comm=comm, **window)
+    begin = optimizer._center.clock.begin
 
     def counted():
         numbers.append(begin())
         return numbers[-1]
 
-    optimizer._server.clock.begin = counted
-    if name == "DynSGD beside":
+    optimizer._center.clock.begin = counted
+    if name == "DynSGD overlapped":
         scale = optimizer._scale
         optimizer._scale = lambda staleness: applied.append(scale(staleness)) or applied[-1]
     for _ in range(steps):
@@ -171,12 +171,12 @@ def test_no_commit_is_lost_or_doubled(comm, name):
     assert np.array_equal(every, np.arange(comm.size * steps // 2))
     assert optimizer.statistics.commits == steps // 2
     ranks = np.arange(1, comm.size + 1)
-    if name == "Downpour beside":
+    if name == "Downpour overlapped":
         assert np.array_equal(weight(model), -np.arange(ELEMENTS) * float(steps * ranks.sum()))
-    if name == "DynSGD beside":
+    if name == "DynSGD overlapped":
         sums = everyone(comm, np.array([sum(applied)])).ravel()
         np.testing.assert_allclose(weight(model), -2.0 * np.arange(ELEMENTS) * (sums @ ranks), rtol=1e-12)
-    if name == "DistBelief beside":
+    if name == "DistBelief overlapped":
         assert np.array_equal(optimizer.sums(), np.arange(ELEMENTS) ** 2.0 * (ranks**2).sum() * 4 * (steps // 2))
 
 
@@ -206,11 +206,11 @@ def test_time_is_hidden_and_counted_only_where_it_is_not(comm, monkeypatch):
     assert waited[0] >= 5 * 0.1 and waited[1] < 0.4 * waited[0], waited
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", OVERLAPPED)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_commit_that_is_not_finite_is_refused_and_counted(comm, name, bad):
     model = Slope(comm.rank)
-    optimizer = BESIDE[name](sgd(model, 0.1), model, communication_window=1, comm=comm)
+    optimizer = OVERLAPPED[name](sgd(model, 0.1), model, communication_window=1, comm=comm)
     model().backward()
     if comm.rank == 0:
         model.weight.grad[7] = bad
@@ -225,12 +225,12 @@ def test_a_commit_that_is_not_finite_is_refused_and_counted(comm, name, bad):
     assert torch.isfinite(model.weight).all() and (model.weight[1:3] < 0).all()
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", OVERLAPPED)
 def test_narrow_and_mixed_dtypes(comm, name):
     torch.manual_seed(2)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3).bfloat16(), torch.nn.Conv2d(4, 2, 1))
     model = model.to(memory_format=torch.channels_last)
-    optimizer = BESIDE[name](sgd(model, 0.01), model, communication_window=2, comm=comm)
+    optimizer = OVERLAPPED[name](sgd(model, 0.01), model, communication_window=2, comm=comm)
     for _ in range(5):
         optimizer.zero_grad()
         x = torch.randn(2, 3, 5, 5).mul(1 + comm.rank).bfloat16().to(memory_format=torch.channels_last)
@@ -297,14 +297,14 @@ def test_a_wait_that_is_broken_off_commits_nothing_twice(comm, monkeypatch, ends
 
     def interrupted():
         if ends_meanwhile:
-            optimizer._under_way.future.wait(lambda: None)
+            landed(optimizer)
         raise KeyboardInterrupt
 
     optimizer = mpidl.Downpour(sgd(model, 1.0), model, communication_window=1, overlap=1, comm=comm)
     with monkeypatch.context() as patched:
         patched.setattr(Center, "commit_and_pull", slower)
         one_step(model, optimizer)
-        patched.setattr(optimizer._server, "look", interrupted)
+        patched.setattr(optimizer._center, "look", interrupted)
         with pytest.raises(KeyboardInterrupt):
             one_step(model, optimizer)
     one_step(model, optimizer)  # it exchanges again
@@ -314,13 +314,13 @@ def test_a_wait_that_is_broken_off_commits_nothing_twice(comm, monkeypatch, ends
     assert np.array_equal(weight(model), -np.arange(ELEMENTS) * steps)
     assert optimizer.statistics.commits == 2
     with pytest.raises(ClosedError, match="its thread has ended"):
-        optimizer._executor.start(lambda: None)
+        optimizer._overlap._executor.start(lambda: None)
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", OVERLAPPED)
 def test_a_wish_to_stop_reaches_a_worker_whose_commits_are_refused(comm, name):
     model = Slope(comm.rank)
-    optimizer = BESIDE[name](sgd(model, 1.0), model, communication_window=2, comm=comm)
+    optimizer = OVERLAPPED[name](sgd(model, 1.0), model, communication_window=2, comm=comm)
     deadline = time.monotonic() + 30
     while not optimizer.stopping and time.monotonic() < deadline:
         if comm.rank == comm.size - 1 and optimizer.statistics.steps == 6:

@@ -1,4 +1,4 @@
-"""How a center is held: what users say, what a trial finds, and letters between nodes that are pretended here."""
+"""How a center is held: what users say, what a trial finds, and active messages between pretended nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpidl.one_sided.message_server import MessageServer
 from mpidl.one_sided.window import Plan
 from mpidl.parameter_server.center import center as servers
 from mpidl.parameter_server.center import protocol
-from mpidl.parameter_server.center.center import Beside, Center
+from mpidl.parameter_server.center.center import Center, Requirements
 from mpidl.parameter_server.center.progress_thread import Progress
 
 WITH_OTHERS = True
@@ -44,15 +44,22 @@ def never(*_):
 
 def test_what_the_user_says_is_done_or_refused_alike(ranks, monkeypatch):
     last = ranks.rank == ranks.size - 1
-    for wish in (protocol.RMA, protocol.MAIL):
+    for wish in (protocol.RMA, protocol.ACTIVE_MESSAGE):
         monkeypatch.setenv(protocol.SWITCH, wish)
         assert protocol.choose(ranks, ranks, never) == wish
+    for wish in ("mail", "mail" if last else "active_message"):  # the name in mpidl 0.1, an alias
+        monkeypatch.setenv(protocol.SWITCH, wish)
+        assert protocol.choose(ranks, ranks, never) == "active_message"
     monkeypatch.setenv(protocol.SWITCH, "post" if last else "")
-    with pytest.raises(ArgumentError, match=rf"MPIDL_CENTER='post' on rank {ranks.size - 1}: expected mail or rma"):
+    with pytest.raises(
+        ArgumentError, match=rf"rank {ranks.size - 1}: MPIDL_CENTER='post': expected active_message or rma"
+    ):
         protocol.choose(ranks, ranks, never)
     if ranks.size > 1:
-        monkeypatch.setenv(protocol.SWITCH, "mail" if last else "rma")
-        with pytest.raises(ArgumentError, match=rf"is 'rma' on rank 0 and 'mail' on rank {ranks.size - 1}: set it"):
+        monkeypatch.setenv(protocol.SWITCH, "active_message" if last else "rma")
+        with pytest.raises(
+            ArgumentError, match=rf"is 'rma' on rank 0 and 'active_message' on rank {ranks.size - 1}: set it"
+        ):
             protocol.choose(ranks, ranks, never)
 
 
@@ -63,12 +70,12 @@ def test_between_nodes_the_slowest_rank_of_a_trial_decides_for_all(far_ranks, mo
     monkeypatch.setattr(exit_protocol, "say", said.append)
     monkeypatch.setattr(protocol, "_said", set())
     slow = ranks.rank == ranks.size - 1
-    times = {"mail": 0.003 if slow else 0.001, "rma": 0.002}
+    times = {"active_message": 0.003 if slow else 0.001, "rma": 0.002}
     assert protocol.choose(ranks, ranks, lambda one, _: times[one]) == "rma"
-    times = {"mail": 0.003, "rma": 0.004 if slow else 0.001}
-    assert protocol.choose(ranks, ranks, lambda one, _: times[one]) == "mail"
+    times = {"active_message": 0.003, "rma": 0.004 if slow else 0.001}
+    assert protocol.choose(ranks, ranks, lambda one, _: times[one]) == "active_message"
     assert (len(said) == 2) == (ranks.rank == 0)
-    assert ranks.rank or "took 3.0 ms by mail, 4.0 ms by rma; MPIDL_CENTER decides otherwise" in said[1]
+    assert ranks.rank or "took 3.0 ms by active_message, 4.0 ms by rma; MPIDL_CENTER decides otherwise" in said[1]
 
 
 def test_a_protocol_whose_first_exchange_is_hopeless_is_not_tried_again(ranks, monkeypatch):
@@ -93,11 +100,11 @@ def test_a_center_on_two_nodes_is_tried_chosen_and_exact(far_ranks, monkeypatch)
         pytest.skip("one rank is on one node")
     monkeypatch.setattr(exit_protocol, "say", lambda _: None)
     chosen = Center(ranks, np.zeros(10), "test")
-    assert chosen.protocol in ("mail", "rma")
-    found = ranks.gather_words(np.array([chosen.protocol == "mail"], np.int64), "test")
+    assert chosen.protocol in ("active_message", "rma")
+    found = ranks.gather_words(np.array([chosen.protocol == "active_message"], np.int64), "test")
     assert len(set(found.ravel())) == 1
     chosen.close()
-    server = Center(ranks, np.arange(float(count)), "test", beside=Beside(sums=True), protocol="mail")
+    server = Center(ranks, np.arange(float(count)), "test", needs=Requirements(sums=True), protocol="active_message")
     out, mine = np.empty(count), np.arange(count) % 7 * (ranks.rank + 1.0)
     for _ in range(5):
         server.commit_and_pull(mine, out)
@@ -112,11 +119,11 @@ def test_a_center_on_two_nodes_is_tried_chosen_and_exact(far_ranks, monkeypatch)
 
 
 def test_a_saved_center_comes_back_element_by_element(ranks):
-    """More runs of elements than are written letters about: then the whole range is sent."""
+    """More runs of elements than are sent one by one: then the whole range is sent."""
     count = 2_000_003
     residual = np.zeros(count)
     residual[::7001] = 1 + np.arange(residual[::7001].size)
-    server = Center(ranks, np.ones(count), "test", protocol="mail")
+    server = Center(ranks, np.ones(count), "test", protocol="active_message")
     if ranks.rank == 0:
         server.restore(17, residual)
     ranks.barrier("test")
@@ -129,7 +136,7 @@ def test_a_saved_center_comes_back_element_by_element(ranks):
 
 @pytest.mark.parametrize("far", [False, True])
 def test_long_runs_of_one_shard_come_back_in_their_places(ranks, request, far):
-    """Two letters to one rank, each of more pieces than are under way at a time."""
+    """Two messages to one rank, each of more pieces than are under way at a time."""
     if far:
         request.getfixturevalue("far_ranks")
     long = (AHEAD + 2) * PIECE
@@ -137,7 +144,7 @@ def test_long_runs_of_one_shard_come_back_in_their_places(ranks, request, far):
     residual = 1 + np.arange(float(ranks.size * shard))
     for rank in range(ranks.size):
         residual[rank * shard + long : (rank + 1) * shard - long] = 0
-    server = Center(ranks, np.ones(residual.size), "test", protocol="mail")
+    server = Center(ranks, np.ones(residual.size), "test", protocol="active_message")
     if ranks.rank == 0:
         server.restore(1, residual)
     ranks.barrier("test")
@@ -149,14 +156,14 @@ def test_long_runs_of_one_shard_come_back_in_their_places(ranks, request, far):
 
 
 def test_an_exchange_given_up_half_way_lets_no_other_follow(comm, monkeypatch):
-    ranks = comm.topology.duplicate("test of letters given up")
-    monkeypatch.setenv(protocol.SWITCH, "mail")
+    ranks = comm.topology.duplicate("test of messages given up")
+    monkeypatch.setenv(protocol.SWITCH, "active_message")
     server = Center(ranks, np.zeros(10), "test")
-    letters = server._post.ranks.channel
-    monkeypatch.setattr(letters, "given_up", "an exchange was given up half-way")
+    channel = server._messages.ranks.channel
+    monkeypatch.setattr(channel, "given_up", "an exchange was given up half-way")
     with pytest.raises(ClosedError, match="the center takes no further calls: an exchange was given up half-way"):
         server.pull(np.empty(10))
-    monkeypatch.setattr(letters, "given_up", None)
+    monkeypatch.setattr(channel, "given_up", None)
     server.close()
     ranks.free()
 
@@ -164,25 +171,27 @@ def test_an_exchange_given_up_half_way_lets_no_other_follow(comm, monkeypatch):
 def test_a_helper_that_waits_for_a_dead_rank_s_lock_can_be_ended(ranks, monkeypatch):
     """Every rank writes to itself; of its memory the first block is held by a process that will not come back."""
     monkeypatch.setattr(exit_protocol, "opened", lambda _: None)
-    blocks = Plan("a variable", "float64", (8,) * ranks.size, mailed=(8,) * ranks.size, alone=True).make(ranks)
-    post = MessageServer(ranks, [blocks], "test", lambda: None)
-    helper = Progress(ranks, "test", post)
+    blocks = Plan("a variable", "float64", (8,) * ranks.size, reached=(8,) * ranks.size, alone=True).make(ranks)
+    server = MessageServer(ranks, [blocks], "test", lambda: None)
+    helper = Progress(ranks, "test", server)
     lock = ctypes.c_uint32.from_address(blocks._center.memory)
     lock.value = 4711
-    letter = ActiveMessage(post.ranks, ranks.rank, np.array([(0, READ, AFTER, 0, 8, 1.0)], HEADER), None, np.empty(8))
-    while not post._letters:
-        letter.advance()
+    message = ActiveMessage(
+        server.ranks, ranks.rank, np.array([(0, READ, AFTER, 0, 8, 1.0)], HEADER), None, np.empty(8)
+    )
+    while not server._queues:
+        message.advance()
         time.sleep(0.001)
     started = time.monotonic()
     helper.end()
     assert time.monotonic() - started < 5
-    assert "an answer (the letters of test) was given up half-way" in post.ranks.channel.given_up
-    assert not post.serve()
+    assert "an answer (the active messages of test) was given up half-way" in server.ranks.channel.given_up
+    assert not server.serve()
     lock.value = 0
-    answer = letter._under_way[0][0]
+    answer = message._under_way[0][0]
     answer.Cancel()
     answer.Wait()
-    post._letters.clear()
-    post.ranks.channel.given_up = None
-    post.close()
+    server._queues.clear()
+    server.ranks.channel.given_up = None
+    server.close()
     blocks.close()

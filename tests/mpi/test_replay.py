@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bed import FOLDER
-from family_helpers import BESIDE, KINDS, sgd
+from family_helpers import KINDS, OVERLAPPED, sgd
 from training_helpers import abandon, batch, loss_of, mlp
 
 import mpidl
@@ -44,10 +44,10 @@ def train(comm, kind, steps, pauses, **given):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), dict(optimizer.statistics.staleness)
 
 
-@pytest.mark.parametrize("name", KINDS | BESIDE)
+@pytest.mark.parametrize("name", KINDS | OVERLAPPED)
 def test_a_run_that_follows_a_log_ends_with_the_same_bits(world_comm, log, name):
     comm = world_comm
-    more, kind = {"n_fetch": 3} if name.startswith("DistBelief") else {}, (KINDS | BESIDE)[name]
+    more, kind = {"n_fetch": 3} if name.startswith("DistBelief") else {}, (KINDS | OVERLAPPED)[name]
     first, staleness = train(comm, kind, 5, 1, **more)
     order = json.loads(log.read_text())["order"]
     # Every exchange of every worker once; a fetch of DistBelief that meets no push is one too.
@@ -118,5 +118,5 @@ def test_exchanges_that_are_missing_are_named(world_comm, log):
     optimizer = mpidl.Downpour(sgd(model), model, comm=comm)
     with pytest.raises(mpidl.ArgumentError, match=rf"rank {comm.rank} exchanges 0 and not the 1 time"):
         optimizer.finish()
-    optimizer._server.close()
+    optimizer._center.close()
     abandon(optimizer)

@@ -386,7 +386,7 @@ def test_one_asynchronous_worker_that_was_stopped_ends_bit_for_bit_as_if_it_had_
 
 
 @pytest.mark.parametrize("algorithm", ["downpour", "distbelief"])
-def test_a_run_that_exchanges_beside_local_steps_is_saved_whole(world_comm, folder, algorithm):
+def test_a_run_whose_exchanges_overlap_with_local_steps_is_saved_whole(world_comm, folder, algorithm):
     """What is under way when it is saved is in the center, and counted."""
     if world_comm.rank == 0:
         changed = {"algorithm": algorithm, "communication_window": 3, "job_options": FAMILY[algorithm]}

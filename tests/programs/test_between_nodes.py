@@ -52,7 +52,7 @@ server.close()
 
 
 @on_mpich
-@pytest.mark.parametrize("protocol", ["mail", "rma", ""])  # the last: whichever a trial finds faster
+@pytest.mark.parametrize("protocol", ["active_message", "rma", ""])  # the last: whichever a trial finds faster
 @pytest.mark.parametrize("servers", [0, 1])
 def test_commits_from_other_nodes_land_while_a_rank_computes(tmp_path: Path, servers: int, protocol: str) -> None:
     """Rank 1 holds a shard, which its helper thread lets MPI serve; or a server holds all, and polls."""

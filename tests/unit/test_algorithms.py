@@ -11,11 +11,12 @@ import pytest
 
 import mpidl
 from mpidl.cli.train import command
+from mpidl.optim import validation
+from mpidl.parameter_server.worker.base import Worker
 from mpidl.training import algorithms
 from mpidl.training.settings import Settings
 
-INHERITED = {"hyperparameters", "error"}  # between base and subclass
-COMMON = {"optimizer", "model", "communication_window", "max_clock_spread", "comm", "buffers"} | INHERITED
+COMMON = {"optimizer", "model", "communication_window", "max_clock_spread", "comm", "buffers"}
 TRAINED = [name for name in algorithms.BY_NAME if name != "synchronous"]
 SETTINGS = Settings(Path("job.py"), Path("out"))
 
@@ -26,7 +27,31 @@ def test_every_hyperparameter_of_a_class_can_be_set_and_none_that_it_lacks(name)
     kind = getattr(mpidl, algorithm.class_name)
     parameters = inspect.signature(kind).parameters
     assert set(parameters) - COMMON == set(algorithm.hyperparameters)
+    assert set(parameters) - {"optimizer", "model", "comm", "buffers"} == set(validation.checks(kind))
+    assert algorithm.window == (algorithm.default_window or parameters["communication_window"].default)
     assert algorithm.class_name.lower() == name.replace("-", "")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_help_shows_each_argument_with_its_explanation(name):
+    kind = getattr(mpidl, algorithms.BY_NAME[name].class_name)
+    parameters = inspect.signature(kind).parameters
+    assert all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    if issubclass(kind, Worker):
+        assert all(f"\n        {argument}: " in kind.__doc__ for argument in parameters)
+
+
+def test_a_value_that_cannot_work_is_refused_by_the_annotation_of_its_argument():
+    for kind, given, says in (
+        (mpidl.ADAG, {"gamma": 0}, "gamma=0; expected a number above 0"),
+        (mpidl.AEASGD, {"rho": None, "learning_rate": -1.0}, "learning_rate=-1.0; expected a number above 0"),
+        (mpidl.DCASGD, {"lambda_": True}, "lambda_=True; expected a number above 0"),
+        (mpidl.Downpour, {"overlap": -1}, "overlap=-1; expected a whole number, 0 or more"),
+        (mpidl.DiLoCo, {"communication_window": 2.0}, "communication_window=2.0; expected a whole number, 1 or more"),
+    ):
+        assert str(validation.problem(kind, given)) == says
+    assert validation.problem(mpidl.Downpour, {"max_clock_spread": None, "overlap": 0}) is None
 
 
 def test_what_is_set_reaches_the_class_as_numbers():
@@ -50,7 +75,7 @@ def test_what_is_set_reaches_the_class_as_numbers():
         ({"algorithm": "adag", "hyperparameters": ("gamma=x",)}, "gamma=x: expected a number"),
         ({"algorithm": "adag", "hyperparameters": ("gamma=1", "gamma=2")}, "gamma was given before"),
         ({"servers": 1}, "synchronous has no parameter server"),
-        ({"max_clock_spread": 1}, "all ranks keep pace anyway"),
+        ({"max_clock_spread": 1}, "all ranks take their steps together anyway"),
         ({"algorithm": "gem", "shard": True}, "gem cannot share weights"),
     ],
 )

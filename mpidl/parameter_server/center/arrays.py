@@ -1,4 +1,6 @@
-"""Which of the three arrays holds a center, and what it needs of each rank: an RMA window, shared memory, or mail."""
+"""Which of three arrays holds a center, and what it needs of each rank: an RMA window, shared memory, or both shared
+memory and active messages.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Callable, Sequence
 from mpidl.mpi.topology import Topology
 from mpidl.one_sided.window import Plan, Window
 from mpidl.parameter_server.center.node_array import NodeArray
-from mpidl.parameter_server.center.protocol import MAIL, NODE
+from mpidl.parameter_server.center.protocol import ACTIVE_MESSAGE, NODE
 from mpidl.parameter_server.center.remote_array import RemoteArray
 from mpidl.parameter_server.center.rma_array import RMAArray
 from mpidl.parameter_server.center.sharding import Shard
@@ -21,20 +23,20 @@ def make(
     *,
     hosts: Sequence[int],
 ) -> RMAArray | NodeArray | RemoteArray:
-    """Makes what a plan says; a collective.
+    """Makes the array of a plan; a collective.
 
     Args:
-        ranks: who can reach it.
+        ranks: those that can reach it.
         plan: as `plan_of` gives it.
         order: the shards, in the order in which this rank goes through them.
         look: called while this rank waits for others; raises if one has died.
-        hosts: by rank, as `protocols.hosts_of` gives it.
+        hosts: by rank, as `protocol.hosts_of` gives it.
     """
     made = plan.make(ranks)
     if isinstance(made, Window):
         return RMAArray(made, plan.dtype, order)
     made.look = look
-    if plan.mailed:
+    if plan.reached:
         places, filled = {}, dict.fromkeys(hosts, 0)
         for owner, count in enumerate(plan.counts):
             places[owner] = filled[hosts[owner]]
@@ -45,13 +47,13 @@ def make(
 
 
 def plan_of(name: str, dtype: str, shards: Sequence[Shard], protocol: str, hosts: Sequence[int]) -> Plan:
-    """Returns what such an array needs of the ranks that `hosts` has; see `protocol` for both."""
+    """Returns the plan of an array of these shards; `protocol` and `hosts` as in the module `protocol`."""
     found = dict.fromkeys(range(len(hosts)), 0) | {part.owner: part.count for part in shards}
     counts = tuple(found.values())
-    if protocol != MAIL:
+    if protocol != ACTIVE_MESSAGE:
         return Plan(name, dtype, counts, sum(counts) if protocol == NODE else 0)
     held = dict.fromkeys(hosts, 0)
     for host, count in zip(hosts, counts, strict=True):
         held[host] += count
     reached = tuple(max(1, held[host]) for host in hosts)
-    return Plan(name, dtype, counts, mailed=reached, alone=len(held) == len(hosts))
+    return Plan(name, dtype, counts, reached=reached, alone=len(held) == len(hosts))

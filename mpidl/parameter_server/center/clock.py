@@ -1,9 +1,9 @@
-"""Counts commits: two words, on one rank, from which each commit's exact staleness follows.
+"""Counts commits: two counters, on one rank, from which each commit's exact staleness follows.
 
 `begun` is fetched and increased before a commit's data, `landed` increased after they were flushed; a pull reads
 `landed` before its data. So a pull never misses a commit counted in its clock, and staleness never under-counts. A
-third word carries the wish to stop, a fourth the end of a warm start, two more a token for `replay`. Behind them lie
-two counts of each worker's own exchanges, by which `ssp` holds fast workers back.
+third counter carries requests to stop, a fourth the end of a warm start, two more the token of `replay`. Behind them
+lie two counts of each worker's own exchanges, by which `ssp` holds fast workers back.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 from mpidl.mpi.topology import Topology
 from mpidl.one_sided.window import Plan
 
-_BEGUN, _LANDED, _STOP, _WARM, _TICKET, _TURN = range(6)
-_WORDS = 6
-_GONE = 1 << 40  # exchanges that a worker counts as having made when it has left: nobody waits for it
+_BEGUN, _LANDED, _STOP, _WARM, _TICKET, _TOKEN = range(6)
+_COUNTERS = 6
+_GONE = 1 << 40  # exchanges that a worker that has left counts as having made: no worker waits for it
 
 
 class Clock:
-    """The words of one run; making it is a collective.
+    """The counters of one run; making it is a collective.
 
     Args:
-        ranks: who can reach it.
+        ranks: those that can reach it.
         plan: as `Clock.plan` gives it.
-        home: the rank that holds the words.
+        home: the rank that holds the counters.
         workers: how many of the ranks, the first ones, commit.
     """
 
@@ -36,8 +36,8 @@ class Clock:
     @staticmethod
     def plan(name: str, size: int, home: int, workers: int) -> Plan:
         """Returns what a clock needs of `size` ranks."""
-        words = _WORDS + 2 * workers
-        return Plan(f"the clock of {name}", "int64", tuple(words if rank == home else 0 for rank in range(size)))
+        counters = _COUNTERS + 2 * workers
+        return Plan(f"the clock of {name}", "int64", tuple(counters if rank == home else 0 for rank in range(size)))
 
     def begin(self) -> int:
         """Takes a number for a commit: 0, 1, 2, ..., each given once."""
@@ -65,7 +65,7 @@ class Clock:
         return self._window.fetch_add(self._home, _STOP, 0) > 0
 
     def end_warm_start(self) -> None:
-        """Lets the workers that `warm` keeps waiting begin."""
+        """Ends the warm start: workers that wait for `warm` begin."""
         self._window.fetch_add(self._home, _WARM, 1)
 
     def warm(self) -> bool:
@@ -73,16 +73,16 @@ class Clock:
         return self._window.fetch_add(self._home, _WARM, 0) > 0
 
     def take_ticket(self) -> int:
-        """Takes a place in the row of those who wait for the token: 0, 1, 2, ..., each given once."""
+        """Takes a place in the queue for the token: 0, 1, 2, ..., each given once."""
         return self._window.fetch_add(self._home, _TICKET, 1)
 
-    def turn(self) -> int:
-        """Returns whose turn it is, by place."""
-        return self._window.fetch_add(self._home, _TURN, 0)
+    def token(self) -> int:
+        """Returns the place in the queue that has the token."""
+        return self._window.fetch_add(self._home, _TOKEN, 0)
 
-    def end_turn(self) -> None:
-        """Passes the token on."""
-        self._window.fetch_add(self._home, _TURN, 1)
+    def pass_token_on(self) -> None:
+        """Passes the token on to the next place."""
+        self._window.fetch_add(self._home, _TOKEN, 1)
 
     def committed(self) -> None:
         """Counts an exchange of this worker whose commit has landed."""
@@ -93,7 +93,7 @@ class Clock:
         self._count(1, 1)
 
     def leave(self) -> None:
-        """Lets nobody wait for this worker any more."""
+        """Counts this worker as one that no other worker waits for any more."""
         self._count(0, _GONE)
         self._count(1, _GONE)
 
@@ -106,14 +106,14 @@ class Clock:
         return self._fewest(1)
 
     def _count(self, kind: int, by: int) -> None:
-        self._window.fetch_add(self._home, _WORDS + kind * self._workers + self._rank, by)
+        self._window.fetch_add(self._home, _COUNTERS + kind * self._workers + self._rank, by)
 
     def _fewest(self, kind: int) -> int:
         counts = np.empty(self._workers, np.int64)
-        self._window.read(self._home, _WORDS + kind * self._workers, counts)
+        self._window.read(self._home, _COUNTERS + kind * self._workers, counts)
         self._window.flush(self._home)
         return int(counts.min())
 
     def close(self) -> None:
-        """Gives the words back; a collective."""
+        """Gives the memory back; a collective."""
         self._window.close()

@@ -1,4 +1,4 @@
-"""The flat array of a center in memory that the ranks of one node share: `rma_array` in shared memory."""
+"""The flat array of a center in memory that the ranks of one node share; its operations are those of `rma_array`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpidl.parameter_server.center.sharding import Shard, runs
 
 
 class NodeArray:
-    """The same in shared memory: all has taken effect when a call returns, and no block of it is seen half-changed."""
+    """The elements or the sums of a center; a call has taken effect when it returns, and blocks change whole."""
 
     def __init__(self, blocks: LockedArray, dtype: str, order: Sequence[Shard]) -> None:
         self._blocks, self.dtype = blocks, dtype

@@ -1,5 +1,7 @@
-"""The flat array of a server that every node holds a part of in memory shared by its ranks: they change their own
-node's part in place, and write letters for the others'. The third way beside the two of `rma_array`.
+"""The flat array of a center of which every node holds a part, in memory that the node's ranks share.
+
+Ranks change their own node's part in place, and other nodes' parts by active messages. The two other arrays that can
+hold a center are in `rma_array` and `node_array`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class RemoteArray:
     """Its operations are those of the others; all has taken effect when a call returns.
 
     Args:
-        blocks: this node's part.
+        blocks: this node's part, a locked array.
         places: of each shard's owner, where in its node's part the shard begins; its node holds it.
         order: the shards, in the order in which this rank goes through them.
         here: the owners on this rank's node.
@@ -45,17 +47,17 @@ class RemoteArray:
         self._parts = [part for part in order if part.count]
         self._here = here
         self.dtype = str(blocks.dtype)
-        self._post: MessageServer
+        self._messages: MessageServer
         self._number = 0
 
-    def join(self, post: MessageServer, number: int) -> None:
-        """Lets a post carry this array's letters, and answer the others' while this rank waits; before its first use.
+    def join(self, server: MessageServer, number: int) -> None:
+        """Sets the server of active messages, which this rank drives while it waits for answers; before the first use.
 
         Args:
-            post: serves `blocks`.
+            server: answers messages about `blocks`; its communicator carries this rank's messages too.
             number: of this array there.
         """
-        self._post, self._number = post, number
+        self._messages, self._number = server, number
 
     def add(self, values: Flat) -> None:
         self._each(ADD, values=values)
@@ -70,14 +72,14 @@ class RemoteArray:
         return before
 
     def add_few(self, few: Few) -> None:
-        with self._writing() as letters:
+        with self._sending() as messages:
             for part in self._parts:
                 first, last = np.searchsorted(few.at, (part.start, part.start + part.count))
                 found = list(runs(few.at[first:last]))
                 if len(found) > _MOST_RUNS and part.owner not in self._here:
                     found = [(found[0][0], found[-1][1])]
                 for start, stop in found:
-                    self._one(letters, ADD, part, slice(start, stop), values=few.values)
+                    self._one(messages, ADD, part, slice(start, stop), values=few.values)
 
     def read(self, out: Flat) -> None:
         self._each(READ, answer=AFTER, out=out)
@@ -86,12 +88,12 @@ class RemoteArray:
         self.replace(part, values)
 
     def read_shard(self, part: Shard, out: Flat) -> None:
-        with self._writing() as letters:
-            self._one(letters, READ, part, answer=AFTER, out=out, offset=part.start)
+        with self._sending() as messages:
+            self._one(messages, READ, part, answer=AFTER, out=out, offset=part.start)
 
     def replace(self, part: Shard, values: Flat) -> None:
-        with self._writing() as letters:
-            self._one(letters, REPLACE, part, values=values, offset=part.start)
+        with self._sending() as messages:
+            self._one(messages, REPLACE, part, values=values, offset=part.start)
 
     def flush(self) -> None:
         pass
@@ -100,15 +102,15 @@ class RemoteArray:
         self.blocks.close()
 
     def _each(self, kind: int, **options: Any) -> None:
-        """Does the same with every shard; letters first, so that they travel while the own node's part is passed."""
+        """Does the same with every shard; messages first, which travel while this node's part is changed."""
         parts = sorted(self._parts, key=lambda part: part.owner in self._here)
-        with self._writing() as letters:
+        with self._sending() as messages:
             for part in parts:
-                self._one(letters, kind, part, **options)
+                self._one(messages, kind, part, **options)
 
     def _one(
         self,
-        letters: list[ActiveMessage],
+        messages: list[ActiveMessage],
         kind: int,
         part: Shard,
         place: slice | None = None,
@@ -119,10 +121,10 @@ class RemoteArray:
         out: Flat | None = None,
         offset: int = 0,
     ) -> None:
-        """Does one thing with a shard, or a place in it: at once on this node, elsewhere by a letter.
+        """Does one thing with a shard, or a place in it: at once on this node, on another one by a message.
 
         Args:
-            letters: receives it.
+            messages: receives the message.
             kind, answer: see `active_message`.
             part: the shard.
             place: in the whole array; None: all of the shard.
@@ -137,7 +139,7 @@ class RemoteArray:
             return
         if part.owner not in self._here:
             header = np.array([(self._number, kind, answer, at, count, scale)], HEADER)
-            letters.append(ActiveMessage(self._post.ranks, part.owner, header, given, found))
+            messages.append(ActiveMessage(self._messages.ranks, part.owner, header, given, found))
             return
         if kind == READ:
             self.blocks.read(at, found)
@@ -148,21 +150,21 @@ class RemoteArray:
             self.blocks.add(at, given, scale, **read)
 
     @contextmanager
-    def _writing(self) -> Iterator[list[ActiveMessage]]:
-        """Collects letters and waits for them at the end; half-way out of it no further one can be written."""
-        letters, channel = list[ActiveMessage](), self._post.ranks.channel
+    def _sending(self) -> Iterator[list[ActiveMessage]]:
+        """Collects messages and waits for their answers at the end; after an error no further message can be sent."""
+        messages, channel = list[ActiveMessage](), self._messages.ranks.channel
         if channel.given_up is not None:
-            if failed := exit_protocol.thread_failure():  # of the helper: it knows who died
+            if failed := exit_protocol.thread_failure():  # of the progress thread: it knows which rank died
                 raise RankFailedError(f"the center takes no further calls: {failed}")
             raise ClosedError(f"the center takes no further calls: {channel.given_up}")
         try:
-            yield letters
-            if letters:
-                self._post.attended = True
-                wait(letters, self._post.serve, self._look)
+            yield messages
+            if messages:
+                self._messages.attended = True
+                wait(messages, self._messages.serve, self._look)
         except BaseException:
-            if letters:
-                channel.give_up(f"an exchange ({self._post.ranks.name})", letters)
+            if messages:
+                channel.give_up(f"an exchange ({self._messages.ranks.name})", messages)
             raise
         finally:
-            self._post.attended = False
+            self._messages.attended = False

@@ -1,5 +1,6 @@
-"""The flat array of a center in shards in an RMA window, which ranks of all nodes reach; `node_array` and
-`remote_array` are the two other ways to hold it. They do the same.
+"""The flat array of a center in shards in an RMA window, which ranks of all nodes reach.
+
+`node_array` and `remote_array` hold a center in two other ways, with the same operations.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mpidl.parameter_server.center.sharding import Shard
 
 
 class RMAArray:
-    """The center variable, or what a server keeps beside it, in a window; zeros at first."""
+    """The elements or the sums of a center, in a window; zeros at first."""
 
     def __init__(self, window: Window, dtype: str, order: Sequence[Shard]) -> None:
         self.window, self.dtype, self._order = window, dtype, order
@@ -28,7 +29,7 @@ class RMAArray:
     def add_and_pull(self, values: Flat, scale: float, out: Flat) -> None:
         """Adds `values * scale`, and copies what then is there into `out`, element by element.
 
-        One way there and back: what was there comes, and both sides add to it with the same rounding.
+        One message each way: the old elements come, and both sides add to them with the same rounding.
         """
         scaled = values if scale == 1.0 else values * values.dtype.type(scale)
         for part in self._order:
@@ -39,7 +40,7 @@ class RMAArray:
         out += scaled
 
     def add_few(self, few: Few) -> None:
-        """Starts adding what is not zero; MPI keeps it behind what was started before, element by element."""
+        """Starts adding what is not zero; MPI adds it after what was started before, element by element."""
         for part in self._order:
             first, last = np.searchsorted(few.at, (part.start, part.start + part.count))
             if first < last:
@@ -64,7 +65,7 @@ class RMAArray:
         self.window.flush()
 
     def write(self, part: Shard, values: Flat) -> None:
-        """Starts giving a shard its values, when nobody uses it; ends with `flush`."""
+        """Starts giving a shard its values, when no rank uses it; ends with `flush`."""
         self.window.write(part.owner, 0, values)
 
     def read_shard(self, part: Shard, out: Flat) -> None:

@@ -1,8 +1,9 @@
 """A lock for each shard, so that one worker at a time reads it, computes, and writes it back.
 
-Two words per shard, in a window of their own: the next ticket, and the ticket that is served. Who wants the shard
-takes a ticket and waits for its turn, so that shards are given in the order in which they were asked for and no worker
-starves. `MPI_Win_lock` cannot do it: inside the access epoch that is open for the whole run it is an error.
+Two counters per shard, in a window of their own: the next ticket, and the ticket that is served. A worker that wants
+the shard takes a ticket and waits until it is served, so that workers get a shard in the order in which they asked for
+it and no worker starves. `MPI_Win_lock` cannot serve here: inside the access epoch, which is open for the whole run,
+it is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Locks:
     """The locks of one center; making them is a collective.
 
     Args:
-        ranks: who can reach the shards.
+        ranks: those that can reach the shards.
         plan: as `Locks.plan` gives it.
         look: called while this rank waits; raises if a rank has died, which may have held a lock.
     """
@@ -44,9 +45,9 @@ class Locks:
             backoff.pause()
             self._look()
         yield
-        # Not in a `finally`: a rank that failed half-way leaves a shard that nobody may use, and ends the job.
+        # Not in a `finally`: a rank that failed half-way leaves a shard that no rank may use, and ends the job.
         self._window.fetch_add(owner, _SERVED, 1)
 
     def close(self) -> None:
-        """Gives the words back; a collective."""
+        """Gives the memory back; a collective."""
         self._window.close()

@@ -1,16 +1,15 @@
 """The worker's side, shared by all algorithms: local steps, and an exchange after each communication window.
 
-An algorithm is a subclass that says how it commits and pulls. `delta` and `locked` are the two ways that most share.
-Nothing between the constructor and `finish()` is a collective: no worker waits for another, unless `max_clock_spread`
-or a warm start asks for it.
+An algorithm is a subclass with three formulas: what it commits (`_contribution`, `_commit`), and where the next local
+steps start from (`_start_next`). `delta` and `locked` hold what most algorithms share of these. Nothing between the
+constructor and `finish()` is a collective: no worker waits for another one, unless `max_clock_spread`, a warm start or
+a replay asks for it.
 """
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -21,79 +20,71 @@ from mpidl.mpi import exit_protocol
 from mpidl.optim import flat, validation
 from mpidl.optim.flat import Flat
 from mpidl.optim.flat_parameters import FlatParameters
-from mpidl.parameter_server.center.center import Beside, Center
+from mpidl.parameter_server.center.center import Center, Requirements
 from mpidl.parameter_server.worker import replay
-from mpidl.parameter_server.worker.replay import Replay
-from mpidl.parameter_server.worker.ssp import SSP
+from mpidl.parameter_server.worker.exchange import Client, Exchange
+from mpidl.parameter_server.worker.overlap import Overlap
 from mpidl.parameter_server.worker.statistics import Statistics
 
 
 class Worker(FlatParameters):
     """Base of the asynchronous optimisers.
 
-    The inner optimiser's state (momentum, moments) is this worker's own and is kept across pulls.
+    The inner optimiser's state (momentum, moments) is this worker's own and is kept across pulls. A subclass declares
+    its hyperparameters in the signature of its constructor, see `mpidl.optim.validation`.
 
     Args:
-        optimizer: takes the local steps; holds parameters of `model` only. Hyperparameters may differ between ranks.
-        model: parameters and buffers are broadcast from rank 0, in place; the center starts from them.
-        communication_window: local steps per exchange.
-        max_clock_spread: no worker is more than so many exchanges ahead of the slowest (SSP, Ho et al. 2013); with 0
-            they go in rounds. None: nobody waits for anybody.
-        comm: who trains together; default `mpidl.world()`. The center lies on its servers, if it has any.
-        buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
-        error: what a subclass found wrong with its own arguments.
-        hyperparameters: a subclass' own, by name; alike on all ranks.
+        optimizer, model, communication_window, max_clock_spread, comm, buffers: see `mpidl.Downpour`.
+        overlap: local steps with which an exchange overlaps; 0: none does.
+        own: further hyperparameters of the subclass.
 
     Raises:
-        ArgumentError: optimiser and model do not belong together, or an argument cannot work; alike on all ranks.
-        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
-            on several devices.
-        MismatchError: the ranks gave different models or arguments.
+        ArgumentError, DtypeError, MismatchError: see `mpidl.Downpour`; alike on all ranks.
     """
 
-    _beside: ClassVar[Beside] = Beside()  # what the server holds for this algorithm
+    _needs: ClassVar[Requirements] = Requirements()  # what else the center holds for this algorithm
+    _sgd_without: ClassVar[tuple[str, ...] | None] = None  # the optimiser must be SGD, these of its settings unused
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         *,
-        communication_window: int = 5,
-        max_clock_spread: int | None = None,
-        comm: Communicator | None = None,
-        buffers: str = "mean",
-        error: Exception | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
+        communication_window: int,
+        max_clock_spread: int | None,
+        comm: Communicator | None,
+        buffers: str,
+        overlap: int = 0,
+        **own: Any,
     ) -> None:
-        self._window_length, self._spread = communication_window, max_clock_spread
-        self._hyperparameters = dict(hyperparameters or {})
-        error = (
-            validation.whole("communication_window", communication_window, least=1)
-            or (None if max_clock_spread is None else validation.whole("max_clock_spread", max_clock_spread, least=0))
-            or error
-        )
+        name, self._window_length, self._spread = type(self).__name__, communication_window, max_clock_spread
+        common = {"communication_window": communication_window, "max_clock_spread": max_clock_spread}
+        self._hyperparameters: dict[str, Any] = common | {"overlap": overlap, "buffers": buffers} | own
+        error = validation.problem(type(self), self._hyperparameters)
+        if error is None and self._sgd_without is not None:
+            error = validation.plain_sgd(optimizer, name, unused=self._sgd_without)
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
         self._lay_out()
         self._start = self._flat()  # the local parameters at the last pull, as they were rounded to the model's dtype
-        self._server = Center(self._ranks, self._start, type(self).__name__, self.comm.dedicated_servers, self._beside)
-        look = self._server.look
-        self._replay = None if self._log is None else Replay(self._log, self._server.clock, self._ranks, look)
-        self._pace = SSP(self._server.clock, max_clock_spread, self._server.look)
-        self._clock = 0  # at the last pull
+        center = Center(self._ranks, self._start, name, self.comm.dedicated_servers, self._needs)
+        self._client = Client(center, self._ranks, max_clock_spread, self._log, self.statistics)
+        self._overlap = Overlap(name, overlap)
         self._steps = 0  # local steps since the last exchange
         self._last: tuple[int, Flat] | None = None  # clock and center at `finish()`
         self._last_sums: Flat | None = None
         self._last_own: dict[str, Flat] = {}
-        self._stop_wished = False
         self.stopping = False
 
     def _describe(self) -> dict[str, Any]:
         waits = self._spread is not None or bool(self._hyperparameters.get("warm_start"))
         self._log = replay.log_for(type(self).__name__, self._ranks.size, waits=waits)
-        own = {"communication_window": self._window_length, "max_clock_spread": self._spread, "buffers": self._buffers}
         log = {} if self._log is None else {replay.VARIABLE: self._log.description}
-        return own | self._hyperparameters | log
+        return self._hyperparameters | log
+
+    @property
+    def _center(self) -> Center:
+        return self._client.center
 
     # What an algorithm is made of.
 
@@ -106,24 +97,29 @@ class Worker(FlatParameters):
         if self._steps >= self._window_length:
             self._exchange()
 
+    def _contribution(self, *, overlapped: bool) -> Any:
+        """Returns what the local steps since the last commit came to, for `_commit` and `_start_next`.
+
+        Args:
+            overlapped: whether local steps go on while it is committed.
+        """
+
     @abstractmethod
-    def _commit(self) -> None:
-        """Sends what `self._steps` local steps came to, unless it holds an infinity or a NaN."""
+    def _commit(self, exchange: Exchange[Any]) -> None:
+        """Commits what the contribution makes of the center, or refuses an infinity or a NaN.
 
-    def _fetch(self) -> None:
-        """Makes the local parameters what the next window starts from, if `_commit` did not."""
-        self._pull()
+        On the executor's thread, if the exchange overlaps with local steps: it then may not touch the parameters.
+        """
 
-    def _await_exchange(self) -> None:
-        """Waits for an exchange that is under way; most rules have none."""
-
-    def _settle(self) -> None:
-        """Waits for it, and lets it change the parameters."""
+    def _start_next(self, exchange: Exchange[Any]) -> None:
+        """Makes the local parameters what the next local steps start from; the exchange has pulled."""
+        assert exchange.center is not None
+        self._start_from(exchange.center, given=True)
 
     def own_state(self) -> dict[str, Flat]:
         """Returns what this worker keeps between exchanges besides the inner optimiser's state, as flat arrays.
 
-        After `finish()`, what it was when all was committed and the center not yet pulled.
+        After `finish()`: what it kept when all was committed and the center was not pulled yet.
         """
         if self._finished:
             return self._last_own
@@ -148,7 +144,7 @@ class Worker(FlatParameters):
         """
         self._refuse(closure)
         failed = exit_protocol.thread_failure()
-        if failed is not None:  # there is no step header here that would tell the others: ending this rank does
+        if failed is not None:  # no message of a step would tell the other ranks: the end of this rank does
             raise RankFailedError(f"rank {self._ranks.rank}: {failed}")
         self._local_step()
         self.statistics.steps += 1
@@ -166,26 +162,26 @@ class Worker(FlatParameters):
             return self._last
         self._await_exchange()
         pulled = self._new()
-        return self._server.pull(pulled), pulled
+        return self._center.pull(pulled), pulled
 
     def sums(self) -> Flat | None:
-        """Returns a copy of what lies beside the center (Adagrad's sums), flat, or None; one-sided."""
+        """Returns a copy of the sums that lie with the center (Adagrad's), flat, or None; one-sided."""
         if self._last is not None:
             return self._last_sums
         self._await_exchange()
-        return self._server.sums()
+        return self._center.sums()
 
     def restore(self, clock: int, center: Flat | None = None, sums: Flat | None = None) -> None:
         """Makes a run go on from a saved center; a collective before the first step.
 
         Args:
-            clock: how many commits are in it.
+            clock: commits in the saved center.
             center: as `snapshot` gave it, if it is wider than the parameters, which the model holds already.
             sums: as `sums` gave them.
         """
         if self._ranks.rank == 0:
-            self._server.restore(clock, None if center is None else center - self._start, sums)
-        self._ranks.barrier("restoring the center")  # nobody may commit before, nor pull
+            self._center.restore(clock, None if center is None else center - self._start, sums)
+        self._ranks.barrier("restoring the center")  # before it no worker may commit, nor pull
         self._pull()
 
     @property
@@ -195,7 +191,7 @@ class Worker(FlatParameters):
 
     def request_stop(self) -> None:
         """Asks all workers to stop; each sees `stopping` become True at its next commit, or once that has ended."""
-        self._stop_wished = True
+        self._client.stop_wished = True
 
     def finish(self) -> None:
         """Ends training; a collective, harmless the second time.
@@ -205,84 +201,87 @@ class Worker(FlatParameters):
         """
         try:
             super().finish()
-        finally:
-            self._end_threads()  # also if it failed: none may go on
-
-    def _end_threads(self) -> None:
-        self._server.end_progress()
+        finally:  # also if it failed: no thread may go on
+            self._overlap.end()
+            self._center.end_progress()
 
     def _close(self) -> None:
         self._settle()
         if self._steps:
             self._exchange()
-            self._settle()
-        self._pace.leave()
+        self._client.ssp.leave()
         self._ranks.barrier("finish")  # after it every commit has landed: each rank flushed its own
-        if self._replay is not None:
-            self._replay.close()
-        self._last_own, self._last_sums = self._own(), self._server.sums()
+        if self._client.replay is not None:
+            self._client.replay.close()
+        self._last_own, self._last_sums = self._own(), self._center.sums()
         self._last = self._pull()
         self._memory = flat.Memory(self._layout)  # what was kept goes
-        self._server.close()
+        self._center.close()
 
-    # What algorithms share.
+    # Exchanges.
 
-    def _exchange(self) -> None:
-        with self._turn():
-            self._exchange_now()
+    def _exchange(
+        self, *, commits: bool = True, pulls: bool = True, overlapped: bool = False, bounded: bool = True
+    ) -> Exchange[Any]:
+        """Makes an exchange and takes over what it pulled, or has it begin, if it overlaps with local steps.
 
-    def _turn(self) -> AbstractContextManager[None]:
-        """Makes others wait with their exchanges, if the run is one that can be repeated."""
-        return nullcontext() if self._replay is None else self._replay.turn()
+        Args:
+            commits: whether the contribution is committed.
+            pulls: whether the center is pulled.
+            overlapped: whether the executor's thread makes it, unless there is nothing to commit that it could hide.
+            bounded: whether `max_clock_spread` holds for it.
+        """
+        self._await_exchange()
+        with self.statistics.communicating():
+            contribution = self._contribution(overlapped=overlapped) if commits else None
+            out = self._take() if pulls else None
+            exchange = Exchange(self._client, self._client.seen, contribution, out, bounded=bounded)
+            commit = self._commit if commits else None
+            self._center.look()
+            waited = not overlapped or (commits and contribution is None)
+            if waited:
+                exchange.run(commit)
+                self._account(exchange)
+            else:
+                self._overlap.start(exchange, commit)
+            if commits:
+                self._steps, self._client.seen = 0, self._client.seen.window_begun()
+            if waited:
+                self._take_over(exchange)
+        return exchange
 
-    def _exchange_now(self) -> None:
-        started = time.perf_counter()
-        self._meet()
-        self._pace.before_commit()
-        self._commit()
-        self._pace.after_commit()
-        self._fetch()
-        self._pace.after_pull()
-        self._steps = 0
-        self._after_exchange(started)
+    def _await_exchange(self) -> None:
+        """Waits for an exchange that is under way, and counts it."""
+        with self.statistics.communicating():
+            exchange = self._overlap.wait(self._center.look)
+            if exchange is not None:
+                self._account(exchange)
 
-    def _meet(self) -> None:
-        """Begins an exchange: looks for the dead, passes a wish to stop on."""
-        self._server.look()
-        self._pass_wish_on()
+    def _settle(self) -> None:
+        """Waits for an exchange that is under way, and takes over what was pulled."""
+        self._await_exchange()
+        exchange = self._overlap.take()
+        if exchange is not None:
+            with self.statistics.communicating():
+                self._take_over(exchange)
 
-    def _pass_wish_on(self) -> None:
-        if self._stop_wished:
-            self._server.clock.request_stop()
-            self._stop_wished = False
+    def _take_over(self, exchange: Exchange[Any]) -> None:
+        if exchange.center is not None:
+            self._start_next(exchange)
+            self._client.took_over(exchange.seen.others, window_begins=self._steps == 0)
 
-    def _after_exchange(self, started: float) -> None:
-        """Ends an exchange that began at `started`, of time.perf_counter()."""
-        self.stopping = self._server.clock.stop_requested()
-        self.statistics.seconds_waiting += self._pace.take_seconds()
-        self.statistics.seconds_communicating += time.perf_counter() - started
-
-    def _count_commit(self, staleness: int, nbytes: int) -> None:
-        self.statistics.commits += 1
-        self.statistics.staleness[staleness] += 1
-        self.statistics.bytes += nbytes
-
-    def _refuse_commit(self) -> None:
-        """Keeps an infinity or a NaN out of the center, where it would reach everybody; says so the first time."""
-        self.statistics.refused_commits += 1
-        if self.statistics.refused_commits == 1:
-            exit_protocol.say(
-                f"rank {self._ranks.rank}: a commit held an infinity or a NaN and was refused; this worker goes on "
-                "from the center. If it happens again and again, the local optimizer's state (momentum) may hold it too"
-            )
+    def _account(self, exchange: Exchange[Any]) -> None:
+        self._client.account(exchange)
+        self.stopping = exchange.stopping
 
     def _pull(self) -> tuple[int, Flat]:
         """Makes the local parameters the center; returns its clock and the center, which may be wider than they are."""
         pulled = self._new()
-        self._clock = self._server.pull(pulled)
+        clock = self._center.pull(pulled)
         self.statistics.bytes += pulled.nbytes
         self._start_from(pulled)
-        return self._clock, pulled
+        self._client.took_over(self._client.seen.pulled(clock).others, window_begins=self._steps == 0)
+        return clock, pulled
 
     def _start_from(self, values: Flat, *, given: bool = False) -> None:
         """Gives the local parameters these values.

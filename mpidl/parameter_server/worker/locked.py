@@ -1,4 +1,4 @@
-"""The way of rules that must read and write the center in one step: they exchange shard by shard, under its lock."""
+"""What rules share that must read and write the center in one step: they exchange shard by shard, under its lock."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import ClassVar
 import numpy as np
 
 from mpidl.optim.flat import Flat
-from mpidl.parameter_server.center.center import Beside
+from mpidl.parameter_server.center.center import Requirements
 from mpidl.parameter_server.worker.base import Worker
+from mpidl.parameter_server.worker.exchange import Exchange
 
 
-class ExclusiveWorker(Worker):
+class LockedWorker(Worker):
     """Base of rules whose commit depends on the center as it is at that very moment.
 
-    A commit is one step for each shard, not for the center as a whole: between two shards others may commit.
-
-    Args and errors as `Worker`.
+    A commit is one step for each shard, not for the center as a whole: between two shards other workers may commit.
     """
 
-    _beside: ClassVar[Beside] = Beside(locks=True)
+    _needs: ClassVar[Requirements] = Requirements(locks=True)
 
     def _reached(self) -> Flat:
         """Returns where the local steps have led, flat."""
@@ -44,31 +43,32 @@ class ExclusiveWorker(Worker):
         self._start_from(center, given=True)
         self._give_back(reached)
 
-    def _commit(self) -> None:
+    def _contribution(self, *, overlapped: bool) -> Flat:
         reached = self._reached()
-        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+        with np.errstate(over="ignore", invalid="ignore"):  # `_commit` refuses what comes of it
             self._prepare(reached)
-            if not np.isfinite(reached).all():
-                self._refuse_commit()
-                self._pull()
-                return
-            kept = True
+        return reached
 
-            def change(here: slice, center: Flat) -> Flat:
-                nonlocal kept
-                changed = self._change(here, reached, center)
-                if np.isfinite(changed).all():
-                    return changed
-                kept = False
-                return center
+    def _commit(self, exchange: Exchange[Flat]) -> None:
+        reached = exchange.contribution
+        if not np.isfinite(reached).all():
+            exchange.refuse()
+            return
 
-            center = self._take()
-            number, clock = self._server.exchange(change, center)
-        if not kept:  # an overflow in the rule itself: those shards stayed as they were
-            self._refuse_commit()
-        self._count_commit(number - self._clock, 2 * center.nbytes)
-        self._clock = clock
-        self._go_on(reached, center)
+        def change(here: slice, center: Flat) -> Flat:
+            changed = self._change(here, reached, center)
+            if np.isfinite(changed).all():
+                return changed
+            exchange.refuse()  # an overflow in the rule itself: this shard stays as it is
+            return center
 
-    def _fetch(self) -> None:
-        """Nothing: the exchange has read the center."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            exchange.change_shards(change)
+
+    def _start_next(self, exchange: Exchange[Flat]) -> None:
+        if exchange.number is None:  # refused as a whole
+            super()._start_next(exchange)
+            self._give_back(exchange.contribution)
+        else:
+            assert exchange.center is not None
+            self._go_on(exchange.contribution, exchange.center)

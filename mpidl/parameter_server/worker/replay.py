@@ -44,15 +44,15 @@ class Log:
 
 
 def log_for(rule: str, workers: int, *, waits: bool) -> Log | None:
-    """Returns the log that the next optimiser of this process records or follows; None: its exchanges are free.
+    """Returns the log that the next optimiser of this process records or follows; None: exchanges come in any order.
 
     Args:
         rule: the algorithm.
         workers: how many.
-        waits: whether its workers wait for each other by a rule of their own.
+        waits: whether its workers wait for each other by a rule of their own (SSP, warm start).
 
     Raises:
-        ArgumentError: such waits would be for a worker that waits for the token; or the file is no such log, or that of
+        ArgumentError: the workers wait, perhaps for one that waits for the token; or the file is no log, or the log of
             another algorithm or number of workers.
     """
     global _made
@@ -85,7 +85,7 @@ class Replay:
 
     Args:
         log: as `log_for` returned it.
-        clock: holds the token.
+        clock: holds the token, a place in the order.
         ranks: the workers.
         look: called while this worker waits; raises if a rank has died.
     """
@@ -93,31 +93,31 @@ class Replay:
     def __init__(self, log: Log, clock: Clock, ranks: Topology, look: Callable[[], None]) -> None:
         self._log, self._clock, self._ranks, self._look = log, clock, ranks, look
         self._recording = log.order is None
-        self._turns = [turn for turn, rank in enumerate(log.order or ()) if rank == ranks.rank]
+        self._places = [place for place, rank in enumerate(log.order or ()) if rank == ranks.rank]
         self._taken: list[int] = []
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Holds the token during one exchange.
+    def ordered(self) -> Iterator[None]:
+        """The ordered section: holds the token during one exchange of this worker.
 
         Raises:
             ArgumentError: the log has no further exchange of this worker.
         """
         ticket = self._next()
         backoff = Backoff()
-        while self._clock.turn() != ticket:
+        while self._clock.token() != ticket:
             backoff.pause()
             self._look()
         yield
         self._taken.append(ticket)
-        self._clock.end_turn()
+        self._clock.pass_token_on()
 
     def _next(self) -> int:
         if self._recording:
             return self._clock.take_ticket()
-        if len(self._taken) == len(self._turns):
+        if len(self._taken) == len(self._places):
             raise self._other("more than")
-        return self._turns[len(self._taken)]
+        return self._places[len(self._taken)]
 
     def close(self) -> None:
         """Writes the log, if this run was to make one; a collective, after the last exchange.
@@ -126,19 +126,19 @@ class Replay:
             ArgumentError: the log has further exchanges of this worker, for which others would wait.
         """
         if not self._recording:
-            if len(self._taken) < len(self._turns):
+            if len(self._taken) < len(self._places):
                 raise self._other(f"{len(self._taken)} and not")
             return
         gathered = self._ranks.gather_bytes(np.array(self._taken, np.int64).tobytes(), "writing the log of exchanges")
         if self._ranks.rank == 0:
-            turns = [np.frombuffer(each, np.int64) for each in gathered]
-            order = np.empty(sum(each.size for each in turns), np.int64)
-            for rank, each in enumerate(turns):
+            places = [np.frombuffer(each, np.int64) for each in gathered]
+            order = np.empty(sum(each.size for each in places), np.int64)
+            for rank, each in enumerate(places):
                 order[each] = rank
             self._write(order)
 
     def _other(self, how_often: str) -> ArgumentError:
-        found = f"rank {self._ranks.rank} exchanges {how_often} the {len(self._turns)} time(s) of the run"
+        found = f"rank {self._ranks.rank} exchanges {how_often} the {len(self._places)} time(s) of the run"
         return ArgumentError(
             f"{VARIABLE}={self._log.file}: {found} that the log is of; give the same job, data and settings"
         )

@@ -1,4 +1,4 @@
-"""SSP, stale synchronous parallel: fast workers wait for slow ones, but only beyond a bound.
+"""SSP, stale synchronous parallel: fast workers wait for slow ones, but only beyond a bound, the clock spread.
 
 Source: Ho et al., *More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server*, NIPS 2013.
 """
@@ -6,23 +6,24 @@ Source: Ho et al., *More Effective Distributed ML via a Stale Synchronous Parall
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from mpidl.mpi.waiting import Backoff
 from mpidl.parameter_server.center.clock import Clock
 
 
 class SSP:
-    """Keeps a worker at most `spread` exchanges ahead of the slowest one.
+    """Keeps a worker at most `spread` exchanges ahead of the slowest worker.
 
-    After its commit a worker waits until the slowest has committed so often, less `spread`: it then reads a center that
-    holds all commits of exchanges older than that. Before a commit it waits until the slowest has read the center so
-    often, less `spread`: with 0, nobody reads a commit of the next round, and the result is that of bulk-synchronous
-    rounds. A worker that has left is not waited for.
+    After its commit a worker waits until the slowest worker has committed as often, less `spread`: the center that it
+    reads then holds all commits of exchanges older than that. Before a commit a worker waits until the slowest worker
+    has pulled as often, less `spread`: with a spread of 0 no worker reads a commit of the next round, and the result is
+    that of bulk-synchronous rounds. Workers do not wait for a worker that has left.
 
     Args:
-        clock: holds everybody's counts.
-        spread: None: nobody ever waits, and nothing is counted.
+        clock: holds the counts of all workers.
+        spread: exchanges; None: no worker ever waits, and nothing is counted.
         look: called while this worker waits; raises if a rank has died.
     """
 
@@ -31,25 +32,34 @@ class SSP:
         self._exchanges = 0
         self._seconds = 0.0  # waited since they were taken
 
-    def before_commit(self) -> None:
-        """Returns when this worker may commit."""
-        self._wait(self._clock.fewest_pulled)
+    @property
+    def bounded(self) -> bool:
+        """Whether a worker may have to wait for slower ones."""
+        return self._spread is not None
 
-    def after_commit(self) -> None:
-        """Returns when this worker may pull."""
+    @contextmanager
+    def exchange(self, bounded: bool = True) -> Iterator[Callable[[], None]]:
+        """Holds the bound around one exchange; the value is called between its commit and its pull.
+
+        Args:
+            bounded: False: this exchange neither waits nor counts.
+        """
+        if not (bounded and self.bounded):
+            yield _nothing
+            return
+        self._wait(self._clock.fewest_pulled)
+        yield self._after_commit
+        self._clock.pulled()
+
+    def _after_commit(self) -> None:
+        """Counts the commit; returns when this worker may pull."""
         self._exchanges += 1
-        if self._spread is not None:
-            self._clock.committed()
+        self._clock.committed()
         self._wait(self._clock.fewest_committed)
 
-    def after_pull(self) -> None:
-        """Says that this worker has read the center."""
-        if self._spread is not None:
-            self._clock.pulled()
-
     def leave(self) -> None:
-        """Lets nobody wait for this worker any more."""
-        if self._spread is not None:
+        """Lets no worker wait for this one any more."""
+        if self.bounded:
             self._clock.leave()
 
     def take_seconds(self) -> float:
@@ -58,10 +68,13 @@ class SSP:
         return seconds
 
     def _wait(self, slowest: Callable[[], int]) -> None:
-        if self._spread is None:
-            return
+        assert self._spread is not None
         backoff, started = Backoff(), time.perf_counter()
         while slowest() < self._exchanges - self._spread:
             backoff.pause()
             self._look()
         self._seconds += time.perf_counter() - started
+
+
+def _nothing() -> None:
+    """Nothing is waited for."""

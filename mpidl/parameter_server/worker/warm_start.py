@@ -12,15 +12,15 @@ from mpidl.parameter_server.center.clock import Clock
 
 
 class WarmStart:
-    """One worker's part in it.
+    """One worker's part in a warm start.
 
     Args:
-        steps: of the leader before the others begin; 0: there is no warm start.
-        model: its forward waits.
-        clock: has the word that ends it.
+        steps: that the leader takes before the other workers begin; 0: there is no warm start.
+        model: on a worker that waits, its first forward with gradients does.
+        clock: has the counter that ends it.
         look: called while this worker waits; raises if a rank has died.
-        pull: gives the local parameters the center, when it is over.
-        leads: whether this worker trains alone.
+        pull: makes the local parameters the center, when the warm start is over.
+        leads: whether this worker is the leader, which trains alone.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class WarmStart:
         self._pull()
 
     def end(self) -> None:
-        """Ends it before its time, on this worker; the leader lets the others begin."""
+        """Ends the warm start early, on this worker; the leader lets the others begin."""
         self._stop_waiting()
         if self._left:
             self._left = 0

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from mpidl.collectives.communicator import Communicator
-from mpidl.optim import validation
 from mpidl.optim.flat import Flat
+from mpidl.optim.validation import NonNegativeFloat, PositiveFloat, PositiveInt, given
 from mpidl.synchronous.local_sgd.periodic import Periodic
 
 
@@ -36,23 +36,14 @@ class DiLoCo(Periodic):
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         *,
-        communication_window: int = 500,
-        outer_lr: float = 0.7,
-        outer_momentum: float = 0.9,
+        communication_window: PositiveInt = 500,
+        outer_lr: PositiveFloat = 0.7,
+        outer_momentum: NonNegativeFloat = 0.9,
         comm: Communicator | None = None,
         buffers: str = "mean",
     ) -> None:
         self._lr, self._momentum = outer_lr, outer_momentum
-        super().__init__(
-            optimizer,
-            model,
-            communication_window=communication_window,
-            comm=comm,
-            buffers=buffers,
-            error=validation.positive("outer_lr", outer_lr)
-            or validation.not_negative("outer_momentum", outer_momentum),
-            hyperparameters={"outer_lr": outer_lr, "outer_momentum": outer_momentum},
-        )
+        super().__init__(optimizer, model, **given(locals()))
         self._begun = self._flat()  # theta, where the window began
         self._velocity = np.zeros_like(self._begun)  # b
         self._velocity_foreseen = self._velocity

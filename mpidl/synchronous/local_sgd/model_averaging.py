@@ -6,6 +6,7 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.optim.flat import Flat
+from mpidl.optim.validation import NonNegativeInt, PositiveInt, given
 from mpidl.synchronous.local_sgd.periodic import Periodic
 
 
@@ -31,19 +32,12 @@ class ModelAveraging(Periodic):
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         *,
-        communication_window: int = 16,
-        warmup_steps: int = 0,
+        communication_window: PositiveInt = 16,
+        warmup_steps: NonNegativeInt = 0,
         comm: Communicator | None = None,
         buffers: str = "mean",
     ) -> None:
-        super().__init__(
-            optimizer,
-            model,
-            communication_window=communication_window,
-            warmup_steps=warmup_steps,
-            comm=comm,
-            buffers=buffers,
-        )
+        super().__init__(optimizer, model, **given(locals()))
 
     def _next(self, mean: Flat) -> Flat:
         return mean

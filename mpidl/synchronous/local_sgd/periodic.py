@@ -35,8 +35,7 @@ class Periodic(DistributedOptimizer):
         warmup_steps: the gradients of so many first steps are averaged, step by step.
         comm: who trains together; default `mpidl.world()`.
         buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
-        error: what a subclass found wrong with its own arguments.
-        hyperparameters: a subclass' own, by name; alike on all ranks.
+        own: further hyperparameters of the subclass, see `mpidl.optim.validation`; alike on all ranks.
 
     Raises:
         ArgumentError, DtypeError, MismatchError: as `mpidl.Downpour`.
@@ -51,16 +50,12 @@ class Periodic(DistributedOptimizer):
         warmup_steps: int = 0,
         comm: Communicator | None = None,
         buffers: str = "mean",
-        error: Exception | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
+        **own: Any,
     ) -> None:
         self._window_length, self._warmup = communication_window, warmup_steps
-        self._hyperparameters = dict(hyperparameters or {})
-        error = (
-            validation.whole("communication_window", communication_window, least=1)
-            or validation.whole("warmup_steps", warmup_steps, least=0)
-            or error
-        )
+        common = {"communication_window": communication_window, "warmup_steps": warmup_steps, "buffers": buffers}
+        self._hyperparameters = {**common, **own}
+        error = validation.problem(type(self), self._hyperparameters)
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
         self._orders = flat.orders_of(self._held)
@@ -71,8 +66,7 @@ class Periodic(DistributedOptimizer):
         self.stopping = False
 
     def _describe(self) -> dict[str, Any]:
-        own = {"communication_window": self._window_length, "warmup_steps": self._warmup, "buffers": self._buffers}
-        return own | self._hyperparameters
+        return self._hyperparameters
 
     @abstractmethod
     def _next(self, mean: Flat) -> Flat:
