@@ -26,6 +26,7 @@ from launching import TIME_LIMIT, Running, alive, start_ranks
 
 FOLDER = "MPIDL_TESTS_FOLDER"  # set inside ranks: where their files go
 RANKS = "MPIDL_TESTS_RANKS"  # set inside ranks: how many there are
+ALL = "MPIDL_TESTS_ALL"  # set by --all: every size and every combination of parameters
 DUMP_SIGNAL = signal.SIGUSR2  # a rank answers it with its stacks, also from inside a C call
 OUTSIDE = "this rank is outside a communicator of this size"
 GRACE = 10.0  # seconds that the others get to end after one rank has vanished
@@ -41,6 +42,7 @@ class Settings:
     ranks: tuple[int, ...] = _DEFAULT_RANKS  # RANKS = (4, 8): one launch each
     time_limit: float = TIME_LIMIT  # TIME_LIMIT = 60: seconds for each launch
     with_others: bool = False  # WITH_OTHERS = True: may share a launch, since it leaves nothing behind
+    any_mpi: bool = False  # ANY_MPI = True: the same on every MPI, so that one of them is enough
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Outcome:
     passed: int = 0
     failed: int = 0
     skipped: dict[str, str] = field(default_factory=dict)  # test -> why
-    seconds: float = 0.0  # in this file's tests, on rank 0
+    seconds: dict[str, float] = field(default_factory=dict)  # test -> how long it took on rank 0
     launch_seconds: float = 0.0  # of the whole launch, at the first of its files; else 0
     problem: str = ""  # empty if all went well; else the whole report
 
@@ -59,19 +61,19 @@ class Outcome:
         if self.problem:
             parts.insert(0, f"{self.failed} failed")
         launch = f", of a launch of {self.launch_seconds:.1f} s" if self.launch_seconds else ""
-        return f"{', '.join(parts)} inside the ranks in {self.seconds:.1f} s{launch}"
+        return f"{', '.join(parts)} inside the ranks in {sum(self.seconds.values()):.1f} s{launch}"
 
 
 def settings(path: Path) -> Settings:
-    """Reads RANKS, TIME_LIMIT and WITH_OTHERS from a test file's top level."""
+    """Reads RANKS, TIME_LIMIT, WITH_OTHERS and ANY_MPI from a test file's top level."""
     found: dict[str, Any] = {}
     for node in ast.parse(path.read_text(), str(path)).body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in ("RANKS", "TIME_LIMIT", "WITH_OTHERS"):
+            if name in ("RANKS", "TIME_LIMIT", "WITH_OTHERS", "ANY_MPI"):
                 found[name] = ast.literal_eval(node.value)
     ranks, limit = tuple(found.get("RANKS", _DEFAULT_RANKS)), float(found.get("TIME_LIMIT", TIME_LIMIT))
-    return Settings(ranks, limit, bool(found.get("WITH_OTHERS", False)))
+    return Settings(ranks, limit, bool(found.get("WITH_OTHERS", False)), bool(found.get("ANY_MPI", False)))
 
 
 def run_files(paths: Sequence[Path], ranks: int, root: Path, arguments: tuple[str, ...] = ()) -> list[Outcome]:
@@ -165,7 +167,7 @@ def _judge(folder: Path, ranks: int, path: Path) -> Outcome:
         if _is_of(line["test"], path):
             verdicts.setdefault(line["test"], {})[line["outcome"]] = line["why"]
     ended = (line for line in _lines(folder, 0) if "ended" in line and _is_of(line["ended"], path))
-    outcome = Outcome(seconds=sum(line["seconds"] for line in ended))
+    outcome = Outcome(seconds={line["ended"]: line["seconds"] for line in ended})
     for test, found in verdicts.items():
         if "failed" in found:
             outcome.failed += 1
