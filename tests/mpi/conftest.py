@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from bed import ALL, FOLDER, OUTSIDE, RANKS
+from bed import ALL, FOLDER, OUTSIDE, RANKS, settings
 from pairwise import pairwise
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ranks = _ranks()
         usual = _usual_sizes(ranks)
         found = [size if isinstance(size, tuple) else (size, 0) for size in getattr(metafunc.module, "SIZES", usual)]
-        sizes = [(workers, servers) for workers, servers in found if workers + servers <= ranks]
+        smaller = max((r for r in settings(Path(metafunc.module.__file__)).ranks if r < ranks), default=0)
+        sizes = [size for size in found if smaller < sum(size) <= ranks]  # the smaller launch has the smaller ones
         ids = [f"size{workers}" + (f"-and-{servers}" if servers else "") for workers, servers in sizes]
         metafunc.parametrize("comm", sizes, indirect=True, ids=ids, scope="function")
     if "world_comm" in metafunc.fixturenames and hasattr(metafunc.module, "SERVERS"):

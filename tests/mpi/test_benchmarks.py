@@ -17,6 +17,7 @@ from mpidl.parameter_server.center.center import Center
 from mpidl.synchronous.reduction.bucket import BucketMemory
 
 RANKS = (2,)
+ANY_MPI = True
 TRAINERS = (
     targets.INDEPENDENT,
     targets.SYNCHRONOUS,

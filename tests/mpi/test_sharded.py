@@ -14,6 +14,7 @@ from mpidl.collectives.lanes import pipeline
 from mpidl.mpi.topology import Topology
 
 WITH_OTHERS = True
+ANY_MPI = True
 TIME_LIMIT = 600
 
 OPTIMIZERS = {

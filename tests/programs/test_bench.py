@@ -11,6 +11,8 @@ from launching import MPIDL, Result, run_ranks
 
 from mpidl.cli.bench.results import read
 
+pytestmark = pytest.mark.any_mpi
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CONTENDERS = {
     "import": {"python", "import mpidl"},

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from launching import TIMED_OUT, run_ranks, start_ranks
 
+pytestmark = pytest.mark.any_mpi
+
 
 def test_what_ranks_print_and_return_is_kept() -> None:
     result = run_ranks(3, [sys.executable, "-c", "import sys; print('to stdout'); print('to stderr', file=sys.stderr)"])
