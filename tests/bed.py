@@ -40,7 +40,7 @@ class Settings:
     """What a test file says at top level, read without importing it."""
 
     ranks: tuple[int, ...] = _DEFAULT_RANKS  # RANKS = (4, 8): one launch each
-    time_limit: float = TIME_LIMIT  # TIME_LIMIT = 60: seconds for each launch
+    time_limit: float = TIME_LIMIT  # TIME_LIMIT = 60: seconds without a test's beginning or end on any rank
     with_others: bool = False  # WITH_OTHERS = True: may share a launch, since it leaves nothing behind
     any_mpi: bool = False  # ANY_MPI = True: the same on every MPI, so that one of them is enough
 
@@ -82,14 +82,14 @@ def run_files(paths: Sequence[Path], ranks: int, root: Path, arguments: tuple[st
     Returns:
         What came of each file, in order, up to the one that failed: those behind it have not come to their end.
     """
-    limit = sum(settings(path).time_limit for path in paths)
+    limits = [settings(path).time_limit for path in paths]
     folder = Path(tempfile.mkdtemp(prefix="mpidl-ranks-"))
     # Ranks that wait for each other take whole cores; programs that another suite tests meanwhile are to go first.
     program = ["nice", "-n", "5", sys.executable, str(Path(__file__).with_name("rank_main.py")), *map(str, paths)]
-    env = {FOLDER: str(folder), RANKS: str(ranks), "MPIDL_TESTS_LIMIT": str(limit), "PYTHONUNBUFFERED": "1"}
+    env = {FOLDER: str(folder), RANKS: str(ranks), "MPIDL_TESTS_LIMIT": str(sum(limits)), "PYTHONUNBUFFERED": "1"}
     running = start_ranks(ranks, [*program, *arguments], env=env, cwd=root)
     try:
-        stopped, vanished = _watch(running, folder, ranks, limit)
+        stopped, vanished = _watch(running, folder, ranks, max(limits))
         running.kill()
         whole = running.process.returncode == 0 and _all_ended_well(folder, ranks)
         if not whole and len(paths) > 1 and not _begun(folder, ranks):  # one cannot even be imported: which?
@@ -130,20 +130,32 @@ def _all_ended_well(folder: Path, ranks: int) -> bool:
 
 
 def _watch(running: Running, folder: Path, ranks: int, limit: float) -> tuple[str, list[int]]:
-    """Waits for the end; returns why the launch had to be stopped, if so, and which ranks vanished by themselves."""
-    mourned = math.inf
+    """Waits for the end; returns why the launch had to be stopped, if so, and which ranks vanished by themselves.
+
+    A launch has hung when no test has begun or ended on any rank for `limit` seconds. The whole launch has no limit: how
+    long it takes is a matter of who else computes on this machine.
+    """
+    mourned, noted, moved = math.inf, 0, 0.0
     while running.process.poll() is None:
         time.sleep(0.05)
         vanished = [rank for rank in range(ranks) if _vanished(folder, rank)]
         if vanished:
             mourned = min(mourned, running.seconds)
-        if running.seconds > limit:
+        if (now := _noted(folder, ranks)) != noted:
+            noted, moved = now, running.seconds
+        if running.seconds > moved + limit:
             _dump_stacks(folder, ranks)
-            return f"the time limit of {limit:.0f} s is over", vanished
+            return f"the time limit of {limit:.0f} s is over, in which no test began or ended", vanished
         if running.seconds > mourned + GRACE:
             _dump_stacks(folder, ranks)
             return f"a rank vanished and the others were still there {GRACE:.0f} s later", vanished
     return "", [rank for rank in range(ranks) if _vanished(folder, rank)]
+
+
+def _noted(folder: Path, ranks: int) -> int:
+    """How many characters the ranks have written about their tests."""
+    notes = [folder / f"{rank}.jsonl" for rank in range(ranks)]
+    return sum(note.stat().st_size for note in notes if note.exists())
 
 
 def _vanished(folder: Path, rank: int) -> bool:

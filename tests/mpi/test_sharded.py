@@ -15,7 +15,6 @@ from mpidl.mpi.topology import Topology
 
 WITH_OTHERS = True
 ANY_MPI = True
-TIME_LIMIT = 600
 
 OPTIMIZERS = {
     "sgd": lambda p, **o: torch.optim.SGD(p, lr=0.1, **o),
