@@ -26,6 +26,7 @@ from launching import TIME_LIMIT, Running, alive, start_ranks
 
 FOLDER = "MPIDL_TESTS_FOLDER"  # set inside ranks: where their files go
 RANKS = "MPIDL_TESTS_RANKS"  # set inside ranks: how many there are
+ALL = "MPIDL_TESTS_ALL"  # set by --all: every size and every combination of parameters
 DUMP_SIGNAL = signal.SIGUSR2  # a rank answers it with its stacks, also from inside a C call
 OUTSIDE = "this rank is outside a communicator of this size"
 GRACE = 10.0  # seconds that the others get to end after one rank has vanished
@@ -39,8 +40,9 @@ class Settings:
     """What a test file says at top level, read without importing it."""
 
     ranks: tuple[int, ...] = _DEFAULT_RANKS  # RANKS = (4, 8): one launch each
-    time_limit: float = TIME_LIMIT  # TIME_LIMIT = 60: seconds for each launch
+    time_limit: float = TIME_LIMIT  # TIME_LIMIT = 60: seconds without a test's beginning or end on any rank
     with_others: bool = False  # WITH_OTHERS = True: may share a launch, since it leaves nothing behind
+    any_mpi: bool = False  # ANY_MPI = True: the same on every MPI, so that one of them is enough
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Outcome:
     passed: int = 0
     failed: int = 0
     skipped: dict[str, str] = field(default_factory=dict)  # test -> why
-    seconds: float = 0.0  # in this file's tests, on rank 0
+    seconds: dict[str, float] = field(default_factory=dict)  # test -> how long it took on rank 0
     launch_seconds: float = 0.0  # of the whole launch, at the first of its files; else 0
     problem: str = ""  # empty if all went well; else the whole report
 
@@ -59,19 +61,19 @@ class Outcome:
         if self.problem:
             parts.insert(0, f"{self.failed} failed")
         launch = f", of a launch of {self.launch_seconds:.1f} s" if self.launch_seconds else ""
-        return f"{', '.join(parts)} inside the ranks in {self.seconds:.1f} s{launch}"
+        return f"{', '.join(parts)} inside the ranks in {sum(self.seconds.values()):.1f} s{launch}"
 
 
 def settings(path: Path) -> Settings:
-    """Reads RANKS, TIME_LIMIT and WITH_OTHERS from a test file's top level."""
+    """Reads RANKS, TIME_LIMIT, WITH_OTHERS and ANY_MPI from a test file's top level."""
     found: dict[str, Any] = {}
     for node in ast.parse(path.read_text(), str(path)).body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in ("RANKS", "TIME_LIMIT", "WITH_OTHERS"):
+            if name in ("RANKS", "TIME_LIMIT", "WITH_OTHERS", "ANY_MPI"):
                 found[name] = ast.literal_eval(node.value)
     ranks, limit = tuple(found.get("RANKS", _DEFAULT_RANKS)), float(found.get("TIME_LIMIT", TIME_LIMIT))
-    return Settings(ranks, limit, bool(found.get("WITH_OTHERS", False)))
+    return Settings(ranks, limit, bool(found.get("WITH_OTHERS", False)), bool(found.get("ANY_MPI", False)))
 
 
 def run_files(paths: Sequence[Path], ranks: int, root: Path, arguments: tuple[str, ...] = ()) -> list[Outcome]:
@@ -80,14 +82,14 @@ def run_files(paths: Sequence[Path], ranks: int, root: Path, arguments: tuple[st
     Returns:
         What came of each file, in order, up to the one that failed: those behind it have not come to their end.
     """
-    limit = sum(settings(path).time_limit for path in paths)
+    limits = [settings(path).time_limit for path in paths]
     folder = Path(tempfile.mkdtemp(prefix="mpidl-ranks-"))
     # Ranks that wait for each other take whole cores; programs that another suite tests meanwhile are to go first.
     program = ["nice", "-n", "5", sys.executable, str(Path(__file__).with_name("rank_main.py")), *map(str, paths)]
-    env = {FOLDER: str(folder), RANKS: str(ranks), "MPIDL_TESTS_LIMIT": str(limit), "PYTHONUNBUFFERED": "1"}
+    env = {FOLDER: str(folder), RANKS: str(ranks), "MPIDL_TESTS_LIMIT": str(sum(limits)), "PYTHONUNBUFFERED": "1"}
     running = start_ranks(ranks, [*program, *arguments], env=env, cwd=root)
     try:
-        stopped, vanished = _watch(running, folder, ranks, limit)
+        stopped, vanished = _watch(running, folder, ranks, max(limits))
         running.kill()
         whole = running.process.returncode == 0 and _all_ended_well(folder, ranks)
         if not whole and len(paths) > 1 and not _begun(folder, ranks):  # one cannot even be imported: which?
@@ -128,20 +130,32 @@ def _all_ended_well(folder: Path, ranks: int) -> bool:
 
 
 def _watch(running: Running, folder: Path, ranks: int, limit: float) -> tuple[str, list[int]]:
-    """Waits for the end; returns why the launch had to be stopped, if so, and which ranks vanished by themselves."""
-    mourned = math.inf
+    """Waits for the end; returns why the launch had to be stopped, if so, and which ranks vanished by themselves.
+
+    A launch has hung when no test has begun or ended on any rank for `limit` seconds. The whole launch has no limit: how
+    long it takes is a matter of who else computes on this machine.
+    """
+    mourned, noted, moved = math.inf, 0, 0.0
     while running.process.poll() is None:
         time.sleep(0.05)
         vanished = [rank for rank in range(ranks) if _vanished(folder, rank)]
         if vanished:
             mourned = min(mourned, running.seconds)
-        if running.seconds > limit:
+        if (now := _noted(folder, ranks)) != noted:
+            noted, moved = now, running.seconds
+        if running.seconds > moved + limit:
             _dump_stacks(folder, ranks)
-            return f"the time limit of {limit:.0f} s is over", vanished
+            return f"the time limit of {limit:.0f} s is over, in which no test began or ended", vanished
         if running.seconds > mourned + GRACE:
             _dump_stacks(folder, ranks)
             return f"a rank vanished and the others were still there {GRACE:.0f} s later", vanished
     return "", [rank for rank in range(ranks) if _vanished(folder, rank)]
+
+
+def _noted(folder: Path, ranks: int) -> int:
+    """How many characters the ranks have written about their tests."""
+    notes = [folder / f"{rank}.jsonl" for rank in range(ranks)]
+    return sum(note.stat().st_size for note in notes if note.exists())
 
 
 def _vanished(folder: Path, rank: int) -> bool:
@@ -165,7 +179,7 @@ def _judge(folder: Path, ranks: int, path: Path) -> Outcome:
         if _is_of(line["test"], path):
             verdicts.setdefault(line["test"], {})[line["outcome"]] = line["why"]
     ended = (line for line in _lines(folder, 0) if "ended" in line and _is_of(line["ended"], path))
-    outcome = Outcome(seconds=sum(line["seconds"] for line in ended))
+    outcome = Outcome(seconds={line["ended"]: line["seconds"] for line in ended})
     for test, found in verdicts.items():
         if "failed" in found:
             outcome.failed += 1

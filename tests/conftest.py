@@ -1,6 +1,8 @@
 """What pytest does in the parent process, which never starts MPI: files of tests/mpi become launches of ranks.
 
     pytest                                   the whole suite on this environment's MPI, without a SLURM cluster
+    pytest -n 4 tests/programs tests/unit    several tests at once (pytest-xdist); launches of tests/mpi stay one by one
+    pytest --all                             every size and every combination of parameters, see mpi/conftest.py
     pytest -m slurm                          on a SLURM cluster of its own (root; see slurm/cluster.sh)
     pytest -m guards                         the tests of the tests: each planted fault must turn one red
     pytest tests/mpi --inside='-k float16'   arguments for the pytest inside the ranks
@@ -14,28 +16,37 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
-from bed import FOLDER, Outcome, run_files, settings
+from bed import ALL, FOLDER, Outcome, run_files, settings
 from launching import kill_all
 
 _INSIDE = FOLDER in os.environ
 _MPI_TESTS = Path(__file__).parent / "mpi"
 _IN_ONE_LAUNCH = 14  # files
-_outcomes = pytest.StashKey[dict[str, Outcome]]()
+_SHOWN_SLOWEST = 20  # tests
+_OUTCOME = "outcome inside the ranks"  # the property of a report that holds it, see RanksItem
+_outcomes = pytest.StashKey[dict[str, Outcome]]()  # what this process has launched: name of an item -> outcome
 _ON_REQUEST = {"slurm": "tests on a SLURM cluster", "guards": "tests of the tests"}
 _left_out = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--inside", default="", help="arguments for the pytest inside the ranks, one shell-like string")
+    parser.addoption("--all", action="store_true", help="every size and combination of parameters inside the ranks")
     parser.addoption("--totals", default="", help="append 'passed failed skipped', ranks' tests included, to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_outcomes] = {}
     config.stash[_left_out] = {}
+    if config.getoption("--all"):
+        os.environ[ALL] = "1"
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist = "loadgroup"  # so that one of xdist's workers gets every launch of tests/mpi
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,7 +86,11 @@ class RanksItem(pytest.Item):
     def __init__(self, *, ranks: int, **kwargs: object) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.ranks = ranks
-        self.with_others = settings(self.path).with_others
+        found = settings(self.path)
+        self.with_others = found.with_others
+        self.add_marker(pytest.mark.xdist_group("ranks"))  # ranks that wait take whole cores: one launch at a time
+        if found.any_mpi:
+            self.add_marker(pytest.mark.any_mpi)
 
     def runtest(self) -> None:
         outcomes = self.config.stash[_outcomes]
@@ -85,6 +100,7 @@ class RanksItem(pytest.Item):
             found = run_files([item.path for item in items], self.ranks, self.config.rootpath, inside)
             outcomes |= {item.nodeid: outcome for item, outcome in zip(items, found, strict=False)}
         outcome = outcomes[self.nodeid]
+        self.user_properties.append((_OUTCOME, asdict(outcome)))  # with the report it comes to whichever process prints
         if outcome.problem:
             raise RanksFailedError(f"{outcome}\n{outcome.problem}")
 
@@ -107,30 +123,47 @@ class RanksItem(pytest.Item):
 
 
 def pytest_runtest_teardown() -> None:
-    """A failed test may have left its ranks running."""
+    """A failed test may have left its ranks running; and no test may start MPI here, where ranks are launched from."""
     if not _INSIDE:
         kill_all()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not _INSIDE and "mpi4py.MPI" in sys.modules:
-        print("\nMPI was started in the parent of the tests: a test of tests/unit or tests/programs imports it")
-        session.exitstatus = 1
+        if "mpi4py.MPI" in sys.modules:
+            raise AssertionError("this test, or one before it, imported mpi4py.MPI in the parent of the ranks")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Shows what ran inside the ranks, which pytest counts as one item a launch."""
-    outcomes = config.stash[_outcomes]
+    outcomes = _reported(terminalreporter)
     if outcomes:
         terminalreporter.section("inside the ranks")
     for name, outcome in outcomes.items():
         terminalreporter.write_line(f"{name}: {outcome}")
         for test, why in outcome.skipped.items():
             terminalreporter.write_line(f"    SKIPPED {test.rpartition('::')[2]}: {why}")
+    if outcomes:
+        terminalreporter.section("slowest inside the ranks")
+    for line in _slowest(outcomes):
+        terminalreporter.write_line(line)
     for mark, count in config.stash[_left_out].items():
         terminalreporter.write_line(f"{count} {_ON_REQUEST[mark]} were not run: pytest -m {mark}")
     if config.getoption("--totals"):
         _write_totals(Path(config.getoption("--totals")), terminalreporter.stats, outcomes)
+
+
+def _reported(terminalreporter: pytest.TerminalReporter) -> dict[str, Outcome]:
+    """The outcomes of all launches, in this process or in xdist's workers: name of an item -> outcome."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    found: dict[str, Any] = {report.nodeid: dict(report.user_properties).get(_OUTCOME) for report in reports}
+    return {name: Outcome(**outcome) for name, outcome in found.items() if outcome}
+
+
+def _slowest(outcomes: dict[str, Outcome]) -> list[str]:
+    """The tests inside the ranks that took longest: pytest's --durations sees whole launches only."""
+    seconds = [
+        (taken, f"{test.rpartition('/')[2]} in {name.rpartition('::')[2]}")
+        for name, outcome in outcomes.items()
+        for test, taken in outcome.seconds.items()
+    ]
+    return [f"{taken:8.2f} s {test}" for taken, test in sorted(seconds, reverse=True)[:_SHOWN_SLOWEST]]
 
 
 def _write_totals(file: Path, stats: dict[str, list[object]], outcomes: dict[str, Outcome]) -> None:

@@ -31,7 +31,7 @@ def main() -> int:
     stacks = (folder / f"{rank}.stacks").open("w")
     faulthandler.enable(stacks)  # a segmentation fault in C names the Python line
     faulthandler.register(DUMP_SIGNAL, stacks, all_threads=True)
-    # The parent stops the launch at the limit; should the parent itself be gone, the ranks end by themselves.
+    # The parent stops a launch that hangs; should the parent itself be gone, the ranks end by themselves.
     limit = float(os.environ["MPIDL_TESTS_LIMIT"])
     faulthandler.dump_traceback_later(limit + 30, exit=True, file=stacks)
     # Open MPI ends the victims of an Abort with SIGTERM: they go at once and are no culprits of their own. mpidl puts

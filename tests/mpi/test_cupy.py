@@ -23,6 +23,7 @@ from fake_cupy import stand_in
 from host_build import copies, shared
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (1, 4)
 DTYPES = ("float32", "float64", "float16", "int32", "complex64")
 

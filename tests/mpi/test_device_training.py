@@ -20,6 +20,7 @@ from fake import Fake, fake_device
 from host_build import launches
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (1, 4)
 
 

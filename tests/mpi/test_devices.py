@@ -19,6 +19,7 @@ from fake import Fake, fake_device
 from host_build import finish, host_cuda, launches
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (1, 4)
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "complex64")
 

@@ -23,6 +23,7 @@ from training_helpers import assert_alike, batch, loss_of, mlp
 import mpidl
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (1, 3, (2, 1))
 START = np.linspace(-1, 2, 7)
 

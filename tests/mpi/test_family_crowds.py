@@ -16,6 +16,7 @@ import mpidl
 from mpidl.parameter_server.center.center import Center
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (1,)
 
 

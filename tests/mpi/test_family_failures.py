@@ -17,6 +17,7 @@ from mpidl.parameter_server import gem
 from mpidl.parameter_server.center.center import Center
 
 WITH_OTHERS = True
+ANY_MPI = True
 
 
 def far(comm, kind, rounds, lr, window=1, momentum=0.0, **given):

@@ -18,6 +18,7 @@ from mpidl.one_sided.window import Plan
 from mpidl.parameter_server.center.center import Center
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (1,)
 COUNT = 100_000  # elements: seven blocks of 128 KiB, the last one not full
 GONE = 4711  # the process of a rank that has died

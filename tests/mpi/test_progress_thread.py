@@ -22,6 +22,7 @@ from mpidl.collectives import Collectives
 __all__ = ["test_equals_one_rank_with_all_samples", "test_uneven_loaders"]
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (2, 4)
 
 

@@ -9,6 +9,7 @@ from training_helpers import abandon, batch, loss_of, mlp
 import mpidl
 
 WITH_OTHERS = True
+ANY_MPI = True
 
 CLASSES = {
     "Synchronous": mpidl.Synchronous,

@@ -29,8 +29,8 @@ from mpidl.training.stop import StopRequest
 
 JOB = Path(__file__).with_name("noisy_job.py")
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (2,)  # others are tried where the number of ranks changes
-TIME_LIMIT = 600
 
 
 class StopAt(StopRequest):

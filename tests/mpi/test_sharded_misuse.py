@@ -15,6 +15,7 @@ import mpidl
 from mpidl.mpi import shared_memory
 
 WITH_OTHERS = True
+ANY_MPI = True
 
 
 def sharded(comm, model=None, make=None):

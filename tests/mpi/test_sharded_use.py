@@ -14,6 +14,7 @@ import mpidl
 from mpidl.mpi import runtime
 
 WITH_OTHERS = True
+ANY_MPI = True
 
 
 def adam(parameters):

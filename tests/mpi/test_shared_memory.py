@@ -20,6 +20,7 @@ from mpidl.collectives import Call, GatherList, RunningTask, dispatch, operation
 from mpidl.mpi import shared_memory
 
 WITH_OTHERS = True
+ANY_MPI = True
 SIZES = (2, 3, 4)
 PIECES = (64, 192, 4096)  # bytes of a slice: the data below take from one turn to hundreds
 COUNTS = (1, 15, 16, 17, 100, 1000, 5000)

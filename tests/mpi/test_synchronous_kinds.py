@@ -9,6 +9,7 @@ from training_helpers import assert_alike, batch, loss_of, mlp, union
 import mpidl
 
 WITH_OTHERS = True
+ANY_MPI = True
 
 
 def test_bfloat16_model_is_reduced_in_float32(comm):

@@ -12,6 +12,7 @@ from training_helpers import assert_alike, batch, loss_of, mlp, union
 import mpidl
 
 WITH_OTHERS = True
+ANY_MPI = True
 
 
 def test_copies_of_the_model_and_the_users_own_hooks(comm):

@@ -10,6 +10,8 @@ from launching import MPIDL, Result, run_ranks
 
 from mpidl.cli.bench.results import read
 
+pytestmark = pytest.mark.any_mpi
+
 CONTENDERS = {
     "import": {"python", "import mpidl"},
     "pack": {"mpidl.pack", "mpidl.unpack", "packing.Table", "memcpy", "torch flatten", "torch.cat", "torch foreach"},

@@ -173,7 +173,7 @@ def test_it_turns_a_test_red(tmp_path, name):
         cwd=TOP,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
         check=False,
     )
     assert result.returncode == 1, result.stdout[-4000:] + result.stderr[-2000:]

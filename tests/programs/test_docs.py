@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from launching import run_ranks
 
+pytestmark = pytest.mark.any_mpi
+
 DOCS = Path(__file__).parents[2] / "docs"
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if SNIPPET.search(page.read_text())]

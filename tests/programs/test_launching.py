@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import TIMED_OUT, run_ranks, start_ranks
+from launching import PATIENCE, TIMED_OUT, run_ranks, start_ranks
+
+pytestmark = pytest.mark.any_mpi
 
 
 def test_what_ranks_print_and_return_is_kept() -> None:
@@ -25,7 +27,7 @@ def test_the_time_limit_ends_ranks_that_ignore_polite_requests() -> None:
     ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     program = f"{ignores}; print('here', flush=True); time.sleep(99)"
     running = start_ranks(2, [sys.executable, "-c", program])
-    result = running.wait(8)
+    result = running.wait(8 / PATIENCE)
     assert (result.returncode, result.timed_out) == (TIMED_OUT, True)
     assert result.stdout.count("here") == 2
     assert running.processes() == []

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import Result, run_ranks
+from launching import PATIENCE, Result, run_ranks
 
 FOLDER = Path(__file__).with_name("leaving")
-LIMIT = 10.0  # seconds from the leaving of one rank to the end of all
+LIMIT = 10.0 * PATIENCE  # seconds from the leaving of one rank to the end of all
 
 HAS_LEFT = "rank 1 has left: its program ended before this call"
 UNFINISHED = r"rank 1 of \d leaves too early .*finish\(\) was never called"

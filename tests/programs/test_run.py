@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import MPIDL, Running, environment_for_tests
+from launching import MPIDL, PATIENCE, Running, environment_for_tests
 
 TINY = Path(__file__).with_name("tiny_job.py")
 
@@ -40,7 +40,7 @@ def sleeping() -> Iterator[Running]:
     """Two ranks that would sleep for a minute, and are there."""
     running = mpidl_run(2, "python", "-c", RANK + "time.sleep(60)")
     while running.printed().count("rank") < 2:
-        assert running.seconds < 60, running.printed()
+        assert running.seconds < 60 * PATIENCE, running.printed()
         time.sleep(0.05)
     yield running
     running.kill()
@@ -118,7 +118,7 @@ def test_ctrl_c_once_lets_training_end_with_its_outputs(tmp_path: Path) -> None:
     running = mpidl_run(2, "mpidl", "train", str(TINY), *arguments)
     while not list(output.glob("checkpoints/0*")):
         assert running.process.poll() is None, running.printed()
-        assert running.seconds < 120, running.printed()
+        assert running.seconds < 120 * PATIENCE, running.printed()
         time.sleep(0.05)
     os.kill(running.process.pid, signal.SIGINT)
     result = running.wait(60)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import MPIDL, Result, run_ranks, start_ranks
+from launching import MPIDL, PATIENCE, Result, run_ranks, start_ranks
 
 TOP = Path(__file__).parents[2]
 LEAVER = Path(__file__).with_name("leaving") / "leaver.py"
 TINY = Path(__file__).with_name("tiny_job.py")
-LIMIT = 10.0  # seconds from the leaving of one rank to the end of all
+LIMIT = 10.0 * PATIENCE  # seconds from the leaving of one rank to the end of all
 
 
 def run_text(text: str, ranks: int, folder: Path, **env: str) -> Result:
@@ -195,7 +195,7 @@ def test_ctrl_c_ends_workers_and_servers(tmp_path: Path) -> None:
     running = start_ranks(3, [sys.executable, str(file)])
     while "working" not in running.printed():
         assert running.process.poll() is None, running.printed()
-        assert running.seconds < 100, running.printed()
+        assert running.seconds < 100 * PATIENCE, running.printed()
         time.sleep(0.05)
     running.process.send_signal(signal.SIGINT)
     asked = running.seconds
@@ -246,7 +246,7 @@ def test_a_stop_on_request_keeps_its_status(tmp_path: Path) -> None:
     running = start_ranks(3, [MPIDL, "train", str(TINY), *arguments])
     while not list(tmp_path.glob("checkpoints/0*")):
         assert running.process.poll() is None, running.printed()
-        assert running.seconds < 120, running.printed()
+        assert running.seconds < 120 * PATIENCE, running.printed()
         time.sleep(0.05)
     running.process.send_signal(signal.SIGUSR1)
     result = running.wait(60)

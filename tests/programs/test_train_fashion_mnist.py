@@ -10,6 +10,8 @@ import made_fashion_mnist as made
 import pytest
 from launching import MPIDL, run_ranks
 
+pytestmark = pytest.mark.any_mpi
+
 JOB = Path(__file__).parents[2] / "jobs" / "fashion_mnist.py"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from launching import MPIDL, Result, run_ranks
 
+pytestmark = pytest.mark.any_mpi
+
 JOB = """
 import torch
 from torch.utils.data import TensorDataset

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import MPIDL, Result, Running, start_ranks
+from launching import MPIDL, PATIENCE, Result, Running, start_ranks
 
 from mpidl.training.checkpoint import Checkpoint, Store, decode, encode
 
@@ -31,7 +31,7 @@ def start(output: Path, algorithm: str, ranks: int, epochs: int = FOR_EVER, *mor
 def until(running: Running, there: Callable[[], Any]) -> None:
     while not there():
         assert running.process.poll() is None, running.printed()
-        assert running.seconds < 120, running.printed()
+        assert running.seconds < 120 * PATIENCE, running.printed()
         time.sleep(0.02)
 
 
@@ -157,7 +157,7 @@ def test_killed_again_and_again_while_it_saves_a_run_always_goes_on(tmp_path: Pa
             os.kill(random.choice(ranks_of(running)), signal.SIGKILL)
         result = running.wait(60)
         assert result.returncode != 0
-        assert result.seconds - ended < 30
+        assert result.seconds - ended < 30 * PATIENCE
         assert result.left_over == 0
         found = newest(tmp_path)
         assert found.number > reached

@@ -23,7 +23,7 @@ from mpidl.cli.launch.supervisor import descendants
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
 INSIDE = "MPIDL_TESTS_CLUSTER"  # set by cluster.sh for its command: the number of nodes
-TIME_LIMIT = 400.0  # seconds that a job may take
+TIME_LIMIT = 1800.0  # seconds that a job may take: to end a hang, not to judge speed
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
