@@ -82,12 +82,12 @@ class Model:
 
     def next(self, state: State) -> Iterator[State]:
         for me in range(RANKS):
-            yield from self.moves(state, me)
+            yield from self.phases(state, me)
 
     def others(self, me: int) -> list[int]:
         return [rank for rank in range(RANKS) if rank != me]
 
-    def moves(self, state: State, me: int) -> Iterator[State]:
+    def phases(self, state: State, me: int) -> Iterator[State]:
         rank = state.ranks[me]
         if rank.call == len(self.script):
             return
