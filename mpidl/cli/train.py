@@ -37,7 +37,7 @@ _positive = click.IntRange(min=1)
     "--max-clock-spread",
     type=click.IntRange(min=0),
     metavar="N",
-    help="No worker is more than N exchanges ahead of the slowest; asynchronous only.  [default: nobody waits]",
+    help="No worker is more than N exchanges ahead of the slowest; asynchronous only.  [default: no worker waits]",
 )
 @click.option(
     "--set",

@@ -1,8 +1,8 @@
 """RMA windows: memory of every rank that the others read and add to without its help.
 
 One access epoch, opened for the whole run by `lock_all`; every operation below ends flushed. What lies in a window and
-who adds what is decided in `parameter_server`. On one element, operations that meet must be of one kind: all `add`
-and `add_and_read`, or all `replace`; `read` goes with either.
+which rank adds what is decided in `parameter_server`. Operations that meet on one element must be of one kind: all
+`add` and `add_and_read`, or all `replace`; `read` goes with either.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Window:
             self._window.Accumulate([piece, self._type], target, place, self._mpi.SUM)
 
     def write(self, target: int, offset: int, values: np.ndarray[Any, Any]) -> None:
-        """Starts replacing target's elements from `offset` on, which nobody may use meanwhile; ends with `flush`."""
+        """Starts replacing target's elements from `offset` on, which no rank may use meanwhile; ends with `flush`."""
         self._check()
         self._lent.append((target, values))
         for at in range(0, values.size, _PIECE):

@@ -17,7 +17,7 @@ class ADAG(LockedWorker):
     """Commits the local steps' moves, each element scaled by 1 / ((theta_t - theta_{t-tau})^2 / gamma + 1).
 
     theta_t is the element of the center at the commit, theta_{t-tau} what this worker last read of it: an element that
-    nobody else has moved takes the whole commit. The center is read, and the scaled move added, in one step, as a
+    no other worker has moved takes the whole commit. The center is read, and the scaled move added, in one step, as a
     server would (dist-keras under its mutex); it then has this worker's commit in it when the worker goes on from it.
     Source: J. Hermans, *On Scalable Deep Learning and Parallelizing Gradient Descent*, 2017, Eq. 4.1 and 4.7, by
     element as its code has it.

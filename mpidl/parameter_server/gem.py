@@ -114,7 +114,7 @@ class GEM(Worker):
 
     def _own(self) -> dict[str, Flat]:
         seen = self._client.seen
-        where = np.array([seen.others, seen.own])  # for a worker that goes on, both are commits of an earlier run
+        where = np.array([seen.own + seen.others])  # a worker that goes on knows both as commits of an earlier part
         return {"proxy": self._proxy.copy(), "read": self._read.copy(), "where": where}
 
     def restore_own_state(self, saved: Mapping[str, Flat]) -> None:

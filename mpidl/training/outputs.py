@@ -1,7 +1,7 @@
 """The output folder of one run: metrics.jsonl or metrics.<rank>.jsonl, checkpoints, summary.json.
 
-The summary is written to a temporary file beside it, synced and renamed: a reader sees the old file or the new one,
-never a part. What a checkpoint is stands in `checkpoint`. Nothing communicates here.
+The summary is written to a temporary file in the same folder, synced and renamed: a reader sees the old file or the new
+one, never a part. What a checkpoint is stands in `checkpoint`. Nothing communicates here.
 """
 
 from __future__ import annotations

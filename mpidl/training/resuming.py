@@ -265,7 +265,7 @@ def _restore_rank(origin: Origin, snapshot: Snapshot, training: Mapping[str, Any
 
 
 def _load_optimizer(origin: Origin, snapshot: Snapshot, own: Mapping[str, Any]) -> None:
-    """Loads optimiser and scheduler; a worker that is new, or among another number of workers, takes the template's.
+    """Loads optimiser and scheduler; a worker that is new, or one of another number of workers, takes the template's.
 
     A new worker's optimiser begins without moments.
     """

@@ -182,7 +182,7 @@ class AsynchronousSaver:
             self.after_step(position)
 
     def before_finish(self, position: Position) -> None:
-        """Keeps this worker's own state: `finish()` makes the buffers everybody's."""
+        """Keeps this worker's own state: `finish()` makes the buffers of all ranks alike."""
         self._local = self._captured()
 
     def after_finish(self, position: Position) -> None:
@@ -231,7 +231,7 @@ class AsynchronousSaver:
 
 
 def _add_shared(draft: Draft, shared: Shared, training: Mapping[str, Any]) -> dict[str, Entry]:
-    """Writes the model, and beside it what is no tensor in its state and `training`."""
+    """Writes the model, and in a second file `training` and what is no tensor in the model's state."""
     tensors = {name: value for name, value in shared.model.items() if isinstance(value, torch.Tensor)}
     others = {name: value for name, value in shared.model.items() if name not in tensors}
     return {

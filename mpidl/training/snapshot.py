@@ -76,9 +76,7 @@ class Snapshot:
 
     def exchanged(self) -> dict[str, Any]:
         """The part of it that an exchange with the others changes."""
-        own = (
-            self.strategy.own_state()
-        )  # first: it waits for an exchange that is under way, so that the statistics count it
+        own = self.strategy.own_state()  # first: the statistics count an exchange under way, for which it waits
         statistics = dict(vars(self.strategy.optimizer.statistics))
         return {
             "own": own,

@@ -80,7 +80,7 @@ class Strategy(Protocol):
 
 
 class SynchronousStrategy:
-    """All ranks take the same step: figures are reduced over the ranks, any rank's model is everybody's."""
+    """All ranks take the same step: figures are reduced over the ranks, the model of any rank is that of all."""
 
     def __init__(self, optimizer: Any, model: torch.nn.Module, comm: Communicator) -> None:
         self.optimizer = optimizer

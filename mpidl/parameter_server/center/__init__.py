@@ -1,1 +1,1 @@
-"""The center variable: who holds which elements, the clock, and how ranks reach it."""
+"""The center variable: which rank holds which elements, the clock, and how ranks reach the center."""

@@ -288,7 +288,7 @@ class Worker(FlatParameters):
 
         Args:
             values: from `flat.new` or `flat.pack`.
-            given: nobody uses them any more.
+            given: whether the caller does not use them any more.
         """
         views, before = self._views(), self._start
         flat.unpack(self._layout, values, views)

@@ -94,7 +94,7 @@ class DeltaWorker(Worker):
         scale = self._scale(exchange.begin())
         # The center then still is `start`, and start + (now - start) is not `now` where a step is larger than what it
         # moves: what rounding leaves out is committed too, so that the center becomes `now` to the last bit.
-        if moves.exact and scale == 1.0 and exchange.met_nobody:
+        if moves.exact and scale == 1.0 and exchange.fresh:
             short = flat.rounding(self._layout, moves.now, moves.start, moves.delta, self._take())
         exchange.commit_and_pull(moves.delta, scale=scale, short=short)
         if short is not None:

@@ -47,7 +47,7 @@ class Seen(NamedTuple):
         """Returns how many commits of other workers this worker's commit `number` does not know of."""
         return number - self.own - self.oldest
 
-    def met_nobody(self, number: int) -> bool:
+    def fresh(self, number: int) -> bool:
         """Returns whether no other worker has begun a commit between this worker's pull and its commit `number`."""
         return number == self.own + self.others
 
@@ -122,7 +122,7 @@ class Exchange(Generic[Contribution]):
         contribution: as given.
         number: the commit's, counted over all workers from 0; None: nothing was committed.
         staleness: commits of other workers that the commit does not know of; 0 without a commit.
-        met_nobody: whether no other worker has begun a commit since this worker's pull; known once `begin` returned.
+        fresh: whether no other worker has begun a commit since this worker's pull; known once `begin` has returned.
         clock: of the center that was pulled: the commits that are known to be in it.
         center: as it was pulled; None: it was not.
         seen: the commits that this worker knows of, now.
@@ -138,7 +138,7 @@ class Exchange(Generic[Contribution]):
         self.contribution, self.seen = contribution, seen
         self.number: int | None = None
         self.staleness = self.clock = self.nbytes = 0
-        self.met_nobody = self.refused = self.stopping = False
+        self.fresh = self.refused = self.stopping = False
         self.center: Flat | None = None
 
     @property
@@ -220,7 +220,7 @@ class Exchange(Generic[Contribution]):
 
     def _begun(self, number: int) -> None:
         self.number = number
-        self.staleness, self.met_nobody = self.seen.staleness(number), self.seen.met_nobody(number)
+        self.staleness, self.fresh = self.seen.staleness(number), self.seen.fresh(number)
 
     def _committed(self, delta: Flat) -> None:
         self.seen = self.seen.committed()
