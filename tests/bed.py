@@ -132,8 +132,8 @@ def _all_ended_well(folder: Path, ranks: int) -> bool:
 def _watch(running: Running, folder: Path, ranks: int, limit: float) -> tuple[str, list[int]]:
     """Waits for the end; returns why the launch had to be stopped, if so, and which ranks vanished by themselves.
 
-    A launch has hung when no test has begun or ended on any rank for `limit` seconds. The whole launch has no limit: how
-    long it takes is a matter of who else computes on this machine.
+    A launch has hung when no test has begun or ended on any rank for `limit` seconds. The whole launch has no limit:
+    how long it takes is a matter of who else computes on this machine.
     """
     mourned, noted, moved = math.inf, 0, 0.0
     while running.process.poll() is None:
