@@ -1,4 +1,4 @@
-"""What the algorithms refuse of their arguments, found before anything is sent."""
+"""Checks of the algorithms' arguments, made before the first message; each returns an error or None."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from mpidl.errors import ArgumentError
 
 
 def whole(name: str, value: object, *, least: int) -> ArgumentError | None:
-    """Returns what is wrong with a whole number."""
+    """Returns an error unless the value is a whole number, `least` or more."""
     if type(value) is int and value >= least:
         return None
     return ArgumentError(f"{name}={value!r}; expected a whole number, {least} or more")
 
 
 def positive(name: str, value: object) -> ArgumentError | None:
-    """Returns what is wrong with a number that must be above 0."""
+    """Returns an error unless the value is a finite number above 0."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return None
     return ArgumentError(f"{name}={value!r}; expected a number above 0")
 
 
 def not_negative(name: str, value: object) -> ArgumentError | None:
-    """Returns what is wrong with a number that must be 0 or more."""
+    """Returns an error unless the value is a finite number, 0 or more."""
     return None if type(value) in (int, float) and value == 0 else positive(name, value)
 
 
 def plain_sgd(optimizer: Any, rule: str, *, unused: tuple[str, ...] = ()) -> ArgumentError | None:
-    """Returns what is wrong with the optimiser of a rule that works on gradients.
+    """Returns an error unless the optimiser is torch.optim.SGD itself, whose steps a rule on gradients knows.
 
     Args:
-        optimizer: must be torch.optim.SGD itself, whose steps are known.
-        rule: for messages.
-        unused: hyperparameters of SGD that the rule has no meaning for; they must be 0 or False.
+        optimizer: the user's.
+        rule: name of the rule, for messages.
+        unused: hyperparameters of SGD for which the rule has no meaning; they must be 0 or False.
     """
     if type(optimizer) is not torch.optim.SGD:
         return ArgumentError(
