@@ -1,1 +1,1 @@
-"""A distributed optimiser as its user sees it; the model's state; parameters as one flat array. torch from here up."""
+"""Base classes of distributed optimisers, the model's state, and the flat parameter. torch is imported from here up."""

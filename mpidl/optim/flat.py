@@ -1,6 +1,6 @@
-"""A model's parameters as one flat array in host memory, and back: where rules work, whatever the device.
+"""The flat parameter: a model's parameters as one flat array in host memory, on which algorithms compute.
 
-On a device all parameters of a dtype are packed by one launch straight into pinned memory, and unpacked likewise.
+On a device one launch packs all parameters of a dtype straight into pinned memory, and one launch unpacks them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mpidl.arrays import view as arrays
 from mpidl.arrays.layout import Layout, Slot, Tensor, lay_out
 from mpidl.optim import state
 
-Flat = np.ndarray[Any, Any]  # one-dimensional: parameters one behind the other, or something laid out like them
+Flat = np.ndarray[Any, Any]  # one-dimensional: all parameters in a layout's order, or values in the same layout
 
-_PIECE = 1 << 15  # elements that several steps are made on while a core's cache holds them
+_PIECE = 1 << 15  # elements that stay in a core's cache while several operations work on them
 
 
 class Few(NamedTuple):
-    """A flat array of which only the elements at some ascending indices matter; the others are zeros."""
+    """A flat array whose elements are zeros, but for those at some ascending indices."""
 
     values: Flat
     at: np.ndarray[Any, Any]
@@ -34,12 +34,12 @@ def orders_of(named: state.Named) -> list[tuple[int, ...]]:
 
 
 def views(named: state.Named, orders: list[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Returns the parameters as they lie in memory now: `model.to()` and the like give them other memory."""
+    """Returns contiguous views of the parameters where they lie now: `model.to()` and the like move them."""
     return [p.detach().permute(order) for (_, p), order in zip(named, orders, strict=True)]
 
 
 def layout_of(named: state.Named, orders: list[tuple[int, ...]]) -> Layout:
-    """Returns how parameters lie in a flat array: float64 if one of them is, else float32."""
+    """Returns the layout of parameters in a flat array: float64 if some parameter is float64, else float32."""
     wide = any(p.dtype == torch.float64 for _, p in named)
     tensors = [
         Tensor(name, tuple(view.shape), state.dtype_name(view))
@@ -49,7 +49,7 @@ def layout_of(named: state.Named, orders: list[tuple[int, ...]]) -> Layout:
 
 
 def new(layout: Layout, like: torch.Tensor) -> Flat:
-    """Returns memory for a flat array of this layout, from and to which parameters on `like`'s device can be packed."""
+    """Returns memory for a flat array of this layout, for packing from and unpacking to the device of `like`."""
     view = arrays.view(like)
     if view.device == "cpu":
         return np.empty(layout.count, layout.dtype)
@@ -58,10 +58,10 @@ def new(layout: Layout, like: torch.Tensor) -> Flat:
 
 
 class Memory:
-    """Memory for flat arrays, given again: in a new array each page costs a fault, more than copying it does.
+    """Recycled memory for flat arrays: in a new array each page costs a fault, which takes longer than a copy.
 
     Args:
-        layout: of all of them.
+        layout: of all the flat arrays.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -69,12 +69,12 @@ class Memory:
         self._spare: list[Flat] = []
 
     def take(self, like: torch.Tensor) -> Flat:
-        """Returns memory as `new` does, with anything in it; `like`: a parameter, where it lies now."""
+        """Returns memory with arbitrary content, as `new` does; `like` is a parameter where it lies now."""
         self._keep_for(like)
         return self._spare.pop() if self._spare else new(self._layout, like)
 
     def give_back(self, like: torch.Tensor, *unused: Flat) -> None:
-        """Takes what nobody uses any more; of a device nothing, since copies to it may still be under way."""
+        """Takes unused memory back; not for parameters on a device, since copies to it may still be under way."""
         self._spare.extend(unused)
         self._keep_for(like)
 
@@ -84,12 +84,12 @@ class Memory:
 
 
 def pack(layout: Layout, tensors: list[torch.Tensor], flat: Flat | None = None) -> Flat:
-    """Returns the tensors' elements, in C order, in a flat array; on a device, once its stream has come so far.
+    """Returns the tensors' elements, in C order, in a flat array; on a device, waits for the current stream.
 
     Args:
-        layout: as `layout_of` gave it.
-        tensors: in its order.
-        flat: where they go, from `new`; None: into a new one.
+        layout: as `layout_of` returned it.
+        tensors: in the layout's order.
+        flat: memory from `new` to pack into; None: new memory.
     """
     flat = new(layout, tensors[0]) if flat is None else flat
     if arrays.view(tensors[0]).device == "cpu":
@@ -102,7 +102,7 @@ def pack(layout: Layout, tensors: list[torch.Tensor], flat: Flat | None = None) 
 
 
 def unpack(layout: Layout, flat: Flat, tensors: list[torch.Tensor]) -> None:
-    """Copies a flat array that `new` or `pack` gave into tensors, in the order of their device's stream."""
+    """Copies a flat array from `new` or `pack` into tensors, in the order of their device's stream."""
     names = [_packable(tensor, flat) for tensor in tensors]
     dense = [
         one
@@ -123,12 +123,12 @@ def unpack(layout: Layout, flat: Flat, tensors: list[torch.Tensor]) -> None:
 
 
 def parts(layout: Layout, flat: Flat) -> list[torch.Tensor]:
-    """Returns views of a flat array, one for each tensor that it was packed from, flat too."""
+    """Returns flat views of a flat array, one for each tensor of the layout."""
     return [torch.from_numpy(flat[slot.offset : slot.offset + slot.count]) for slot in layout.slots]
 
 
 def shift(layout: Layout, tensors: list[torch.Tensor], before: Flat, after: Flat) -> None:
-    """Moves tensors by `after - before`; where these are equal, no bit of them changes.
+    """Adds `after - before` to tensors; where both are equal, no bit of a tensor changes.
 
     Args:
         layout, tensors: as `pack`.
@@ -170,7 +170,7 @@ def moves(layout: Layout, tensors: list[torch.Tensor], start: Flat, out: Flat, d
         divisor: 1 leaves the differences as they are.
     """
     finite = True
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked
         for place, now in _pieces(layout, tensors, out):
             moved = np.subtract(now, start[place], out=out[place])
             if divisor != 1:
@@ -181,18 +181,20 @@ def moves(layout: Layout, tensors: list[torch.Tensor], start: Flat, out: Flat, d
 
 
 def rounding(layout: Layout, tensors: list[torch.Tensor], start: Flat, moved: Flat, out: Flat) -> Few:
-    """Writes what start + moved lacks of the tensors' own values into `out`, mostly zeros; args as `moves`."""
+    """Writes tensors - (start + moved), mostly zeros, into `out`; args as `moves`."""
     found = [np.empty(0, np.intp)]
     for place, now in _pieces(layout, tensors, out):
         short = np.subtract(now, start[place] + moved[place], out=out[place])
-        found.append(np.flatnonzero(short != 0) + place.start)  # of booleans it is many times as fast
+        found.append(np.flatnonzero(short != 0) + place.start)  # on booleans flatnonzero is many times as fast
     return Few(out, np.concatenate(found))
 
 
 def _pieces(layout: Layout, tensors: list[torch.Tensor], spare: Flat) -> Iterator[tuple[slice, Flat]]:
-    """Goes through the tensors' elements in pieces that stay in a cache: their place in a flat array, and themselves.
+    """Yields the tensors' elements in pieces that fit in a cache, each with its slice of the flat array.
 
-    `spare` receives them where they cannot be read as they lie: on a device, or in another dtype.
+    Args:
+        layout, tensors: as `pack`.
+        spare: receives the elements if they cannot be read in place: on a device, or in another dtype.
     """
     if arrays.view(tensors[0]).device == "cpu" and is_whole(layout, tensors):
         found = [(slot.offset, one.numpy().reshape(-1)) for one, slot in zip(tensors, layout.slots, strict=True)]
@@ -205,13 +207,13 @@ def _pieces(layout: Layout, tensors: list[torch.Tensor], spare: Flat) -> Iterato
 
 
 def _packable(tensor: torch.Tensor, flat: Flat) -> torch.Tensor:
-    """Returns `tensor`, or a copy where packing knows no way between its dtype and that of `flat`."""
+    """Returns `tensor`, or a copy in the dtype of `flat` where packing cannot convert between the two dtypes."""
     names = {state.dtype_name(tensor), flat.dtype.name}
     return tensor.to(getattr(torch, flat.dtype.name)) if "float64" in names and len(names) > 1 else tensor
 
 
 def _on_device(name: str, flat: Flat, dense: list[torch.Tensor], layout: Layout) -> devices.Event:
-    """One launch for each dtype; returns the point in the stream behind them."""
+    """Packs or unpacks with one launch for each dtype; returns an event behind them in the stream."""
     device = devices.of(arrays.view(dense[0]))
     stream = device.current_stream("torch")
     by_dtype: dict[str, list[tuple[torch.Tensor, Slot]]] = {}

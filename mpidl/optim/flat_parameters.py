@@ -1,4 +1,4 @@
-"""An optimiser whose parameters can be seen as one flat array; what is done with it is in `parameter_server.worker`."""
+"""A distributed optimiser that reads and writes its parameters as one flat array."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpidl.optim.optimizer import DistributedOptimizer
 
 
 class FlatParameters(DistributedOptimizer):
-    """Adds the flat view of the parameters, `_lay_out` having been called once."""
+    """Adds flat arrays of the trained parameters; a subclass calls `_lay_out` once, after this constructor."""
 
     def _lay_out(self) -> None:
         self._orders = flat.orders_of(self._held)
@@ -19,10 +19,10 @@ class FlatParameters(DistributedOptimizer):
         self._memory = flat.Memory(self._layout)
 
     def named(self, center: Flat) -> dict[str, torch.Tensor]:
-        """Returns the parts of a flat center by parameter name, in the parameters' dtypes, on their device.
+        """Returns copies of the parts of a flat array by parameter name, in the parameters' dtypes, on their device.
 
         Args:
-            center: as `snapshot` gave it.
+            center: a flat array from `snapshot` or `_like`.
         """
         dense = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views()]
         flat.unpack(self._layout, center, dense)
@@ -35,19 +35,20 @@ class FlatParameters(DistributedOptimizer):
         return flat.new(self._layout, self._views()[0])
 
     def _like(self, saved: Flat) -> Flat:
-        """Returns a copy from which parameters can be unpacked."""
+        """Returns a copy from which parameters can be unpacked, on a device too."""
         copied = self._new()
         copied[:] = saved
         return copied
 
     def _take(self) -> Flat:
-        """Returns memory with anything in it, to be given back."""
+        """Returns memory with arbitrary content; `_give_back` takes the memory again."""
         return self._memory.take(self._views()[0])
 
     def _give_back(self, *unused: Flat) -> None:
         self._memory.give_back(self._views()[0], *unused)
 
     def _flat(self) -> Flat:
+        """Returns the parameters' present values, flat, in memory from `_take`."""
         return flat.pack(self._layout, self._views(), self._take())
 
     def _views(self) -> list[torch.Tensor]:

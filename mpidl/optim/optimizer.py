@@ -1,7 +1,7 @@
-"""A distributed optimiser seen from outside: a `torch.optim.Optimizer` over the one that the user made.
+"""Base class of distributed optimisers: a `torch.optim.Optimizer` over the optimiser that the user made.
 
-What both ways of training share lives here: checks before the first message, the first broadcast, the borrowed state,
-and how it is closed. What a step exchanges is in `synchronous` and `parameter_server`.
+Synchronous and asynchronous training share this class: checks before the first message, the first broadcast, the inner
+optimiser's state, and closing. The exchange of a step is in `synchronous` and `parameter_server`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ from mpidl.optim import state
 
 Self = TypeVar("Self", bound="DistributedOptimizer")
 _BUFFERS = ("mean", "local")
+_sharded: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
-_shared_out: WeakSet[torch.optim.Optimizer] = WeakSet()
-
-
-def note_shared_out(optimizer: torch.optim.Optimizer) -> None:
+def mark_sharded(optimizer: torch.optim.Optimizer) -> None:
     """Notes that an optimiser's state is in pieces from now on."""
-    _shared_out.add(optimizer)
+    _sharded.add(optimizer)
 
 
-def refuse_shared_out(optimizer: torch.optim.Optimizer) -> None:
+def refuse_sharded(optimizer: torch.optim.Optimizer) -> None:
     """Refuses an optimiser whose state is in pieces.
 
     Raises:
-        ArgumentError: it is.
+        ArgumentError: the optimiser's state is in pieces.
     """
-    if optimizer in _shared_out:
+    if optimizer in _sharded:
         raise ArgumentError(
             f"this {type(optimizer).__name__} was given to mpidl.Synchronous(shard=True), and holds pieces of its "
             "state: make a new one, and load the full_state_dict() of before finish()"
@@ -52,8 +50,8 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
 
     Args:
         optimizer: the optimiser to wrap; it must hold parameters of `model` only.
-        model: parameters and buffers are broadcast from rank 0, in place.
-        comm: who trains together; default `mpidl.world()`. It is duplicated.
+        model: its parameters and buffers are broadcast from rank 0, in place.
+        comm: communicator of the ranks that train together, which is duplicated; default `mpidl.world()`.
         buffers: "mean": at `finish()` floating buffers (BatchNorm statistics) become the mean over ranks and others
             those of rank 0; "local": they stay as they are.
 
@@ -91,7 +89,7 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
         self._token = exit_protocol.opened(f"mpidl.{name}: its finish() was never called")
 
     def _check(self, error: Exception | None) -> None:
-        """Refuses bad input alike on every rank, before anything else is sent."""
+        """Refuses bad input alike on every rank, before any other message."""
         name, description, unheld = type(self).__name__, dict[str, Any](), list[str]()
         try:
             if error is not None:
@@ -100,7 +98,7 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
                 raise ArgumentError(f"optimizer is a {type(self._inner).__name__}; expected a torch.optim.Optimizer")
             if isinstance(self._inner, DistributedOptimizer):
                 raise ArgumentError(f"optimizer is already a mpidl.{type(self._inner).__name__}; wrap it once")
-            refuse_shared_out(self._inner)
+            refuse_sharded(self._inner)
             if not isinstance(self._model, torch.nn.Module):
                 raise ArgumentError(f"model is a {type(self._model).__name__}; expected a torch.nn.Module")
             if self._buffers not in _BUFFERS:
@@ -108,7 +106,7 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
             held = state.held_parameters(self._inner, self._model)
             self._held, self._frozen, unheld = held.trained, held.frozen, [name for name, _ in held.others]
             description = state.describe(self._model, held) | self._describe()
-        except Exception as found:  # whatever it is: the others wait for this rank's word
+        except Exception as found:  # of any kind: the other ranks wait for this rank's description
             error = found
         state.agree(self._ranks, f"mpidl.{name}", description, error)
         if unheld and self._ranks.rank == 0:
@@ -118,17 +116,17 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
             )
 
     def _broadcast(self) -> None:
-        """Makes alike on all ranks what must be; a collective."""
+        """Copies rank 0's parameters and buffers to all ranks; a collective."""
         state.broadcast_model(self._ranks, self._model)
 
     def _describe(self) -> dict[str, Any]:
-        """Returns what else must be alike on all ranks, as JSON-able items."""
+        """Returns the other settings that must be alike on all ranks, as JSON-able items."""
         return {}
 
-    # GradScaler must unscale by itself: what it would set for a fused optimiser to use, it sets here, not on the inner.
+    # GradScaler must unscale by itself: the scale that a fused optimiser would use is set here, not on the inner one.
     _step_supports_amp_scaling = False
 
-    # What torch and the user see: the inner optimiser's own objects.
+    # The inner optimiser's own objects, for torch and the user.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -148,19 +146,23 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
         return getattr(self._inner, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the inner optimiser's."""
+        """Calls `zero_grad` of the inner optimiser.
+
+        Args:
+            set_to_none: whether gradients become None; False: zeros.
+        """
         self._inner.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the inner optimiser's state, alike in form to one that never met mpidl."""
+        """Returns the inner optimiser's `state_dict()`."""
         return self._inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads into the inner optimiser; load the same on every rank."""
+        """Loads a `state_dict()` into the inner optimiser; load the same state on every rank."""
         self._inner.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: what is exchanged was fixed, alike on all ranks, by the constructor.
+        """Refused: the constructor has fixed the parameters, alike on all ranks.
 
         Raises:
             ArgumentError: always.
@@ -168,11 +170,11 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
         raise ArgumentError("add_param_group: the parameters were fixed by the constructor; add the group before it")
 
     def register_step_pre_hook(self, hook: Any) -> Any:
-        """Registers with the inner optimiser."""
+        """Registers a step hook with the inner optimiser, and returns its handle."""
         return self._inner.register_step_pre_hook(hook)
 
     def register_step_post_hook(self, hook: Any) -> Any:
-        """Registers with the inner optimiser."""
+        """Registers a step hook with the inner optimiser, and returns its handle."""
         return self._inner.register_step_post_hook(hook)
 
     def __repr__(self) -> str:
@@ -219,6 +221,6 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Calls `finish()` after a normal end only: after an exception the others must not be waited for."""
+        """Calls `finish()` after a normal end only: after an exception this rank must not wait for other ranks."""
         if kind is None:
             self.finish()

@@ -1,6 +1,6 @@
-"""What all ranks must hold alike: parameters, buffers, optimiser state; compared, broadcast, averaged.
+"""State that all ranks must hold alike: parameters, buffers, optimiser state; compared, broadcast, averaged.
 
-Gradients are the business of `reducer`. Structures travel as JSON and raw bytes; nothing is unpickled.
+Structures are sent as JSON and raw bytes; no rank unpickles a message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Held:
-    """A model's parameters in the model's order, by what the optimiser makes of them."""
+    """A model's parameters in the model's order, sorted by whether the optimiser trains them."""
 
     trained: Named
     frozen: Named  # held by the optimiser, but without requires_grad
@@ -47,7 +47,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 def held_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Held:
-    """Sorts the model's parameters by what the optimiser makes of them.
+    """Sorts the model's parameters by whether the optimiser trains them.
 
     Raises:
         ArgumentError: the optimiser holds a parameter that is not the model's, or none that can be trained.
@@ -100,10 +100,10 @@ def agree(ranks: Topology, what: str, description: dict[str, Any], error: Except
     """Raises on every rank unless all ranks give the same description and none has an error of its own.
 
     Args:
-        ranks: who must agree; a collective of theirs.
-        what: names the object for messages, such as "Synchronous".
-        description: JSON-able items; the first one that differs is named.
-        error: what this rank refuses, found before any message was sent.
+        ranks: the ranks that must agree; all of them call this function.
+        what: name of the object for messages, such as "Synchronous".
+        description: JSON-able items; the message names the first one that differs.
+        error: the error that this rank found before any message was sent, or None.
 
     Raises:
         MismatchError: another rank's description differs, or another rank refused.
@@ -126,7 +126,7 @@ def agree(ranks: Topology, what: str, description: dict[str, Any], error: Except
 
 
 def describe(model: torch.nn.Module, held: Held) -> dict[str, Any]:
-    """Returns what must be alike on all ranks of a model: every tensor's shape, dtype, order in memory and role."""
+    """Returns each tensor's shape, dtype, order in memory and role, which must be alike on all ranks."""
     roles = {"trained": held.trained, "frozen": held.frozen, "not held by the optimizer": held.others}
     role_of = {name: role for role, named in roles.items() for name, _ in named}
     description: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module)
 
 
 def broadcast_model(ranks: Topology, model: torch.nn.Module, root: int = 0) -> None:
-    """Copies root's parameters and buffers into everybody's, in place; a collective."""
+    """Copies root's parameters and buffers to every rank, in place; a collective."""
     _broadcast(ranks, [*model.parameters(), *model.buffers()], root, "broadcast of the model")
 
 
@@ -159,8 +159,8 @@ def broadcast_optimizer(ranks: Topology, optimizer: torch.optim.Optimizer, root:
     """Copies root's optimiser state and hyperparameters to every rank; a collective.
 
     Raises:
-        DtypeError: an entry of the state is neither a tensor nor a JSON-able value.
-        MismatchError: root raised that.
+        DtypeError: on root: an entry of the state is neither a tensor nor a JSON-able value.
+        MismatchError: on the other ranks: root raised an error.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     payload, error = b"", None
@@ -171,23 +171,36 @@ def broadcast_optimizer(ranks: Topology, optimizer: torch.optim.Optimizer, root:
             error = found
     agree(ranks, "broadcast of the optimizer's state", {}, error)
     structure = json.loads(_broadcast_bytes(ranks, payload, root))
-    for group, values in zip(optimizer.param_groups, structure["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
+    take_hyperparameters(optimizer, structure["groups"])
     tensors = []
     for position, entries in enumerate(structure["state"]):
         state = optimizer.state[parameters[position]] if entries else {}
         if not entries:
             optimizer.state.pop(parameters[position], None)
-        for key, (dtype, shape, value, beside) in entries.items():
+        for key, (dtype, shape, value, on_device) in entries.items():
             if dtype is None:
                 state[key] = value
                 continue
             old = state.get(key)
             if not (isinstance(old, torch.Tensor) and dtype_name(old) == dtype and list(old.shape) == shape):
-                place = parameters[position].device if beside else "cpu"
+                place = parameters[position].device if on_device else "cpu"
                 state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=place)
             tensors.append(state[key])
     _broadcast(ranks, tensors, root, "broadcast of the optimizer's state")
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Returns the hyperparameters of each group that are not tensors."""
+    return [
+        {k: v for k, v in group.items() if k != "params" and not isinstance(v, torch.Tensor)}
+        for group in optimizer.param_groups
+    ]
+
+
+def take_hyperparameters(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Takes over another rank's `hyperparameters`, sent as JSON, in which tuples have become lists."""
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
 
 
 def average_buffers(ranks: Topology, model: torch.nn.Module) -> None:
@@ -225,7 +238,7 @@ def _broadcast(ranks: Topology, tensors: Iterable[torch.Tensor], root: int, what
 
 
 def _on_host(tensor: torch.Tensor) -> ArrayView:
-    """Returns a dense tensor's memory if it is the host's, and a copy in host memory if it is a device's."""
+    """Returns a dense tensor's memory if the tensor lies in host memory, or else a copy in host memory."""
     view = arrays.view(tensor)
     if view.device == "cpu":
         return view
@@ -235,13 +248,13 @@ def _on_host(tensor: torch.Tensor) -> ArrayView:
 
 
 def _host_for(tensor: torch.Tensor) -> ArrayView:
-    """Returns host memory in which what is meant for a dense tensor can arrive: its own, if that is the host's."""
+    """Returns host memory to receive a dense tensor's elements: the tensor's own memory, if that is host memory."""
     view = arrays.view(tensor)
     return view if view.device == "cpu" else devices.of(view).like(view, view.shape)
 
 
 def _back(host: ArrayView, tensor: torch.Tensor) -> None:
-    """Copies what arrived in `_host_for(tensor)` into the tensor, in the order of its device's stream."""
+    """Copies elements received in `_host_for(tensor)` into the tensor, in the order of its device's stream."""
     view = arrays.view(tensor)
     if view.device != "cpu":
         devices.of(view).deliver(host, view)
@@ -261,20 +274,16 @@ def _broadcast_bytes(ranks: Topology, payload: bytes, root: int) -> bytes:
 def _structure(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> dict[str, Any]:
     """Returns {"groups": [hyperparameters], "state": [{key: [dtype, shape, value, whether it lies on the
     parameter's device]}]}, state in parameter order."""
-    groups = [
-        {k: v for k, v in group.items() if k != "params" and not isinstance(v, torch.Tensor)}
-        for group in optimizer.param_groups
-    ]
     state = []
     for parameter in parameters:
         entries: dict[str, Any] = {}
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                beside = value.device == parameter.device  # a count of steps is mostly not
-                entries[key] = [dtype_name(value), list(value.shape), None, beside]
+                on_device = value.device == parameter.device  # a count of steps mostly lies on the cpu
+                entries[key] = [dtype_name(value), list(value.shape), None, on_device]
             elif value is None or isinstance(value, bool | int | float | str):
                 entries[key] = [None, None, value, False]
             else:
                 raise DtypeError(f"optimizer state {key!r} is a {type(value).__name__}; expected a tensor or a number")
         state.append(entries)
-    return {"groups": groups, "state": state}
+    return {"groups": hyperparameters(optimizer), "state": state}

@@ -1,1 +1,1 @@
-"""Training in step: gradients reduced over all ranks, weights whole or sharded; or parameters averaged now and then."""
+"""Synchronous training: gradients averaged at every step, weights whole or sharded; or local SGD."""

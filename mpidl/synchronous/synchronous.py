@@ -1,6 +1,6 @@
 """Synchronous SGD: every rank's `p.grad` becomes the mean over all ranks at the end of backward.
 
-The step itself is the user's own optimiser's; the reduction stands in `reducer`.
+The user's own optimiser takes the step; `reduction` reduces the gradients.
 """
 
 from __future__ import annotations
@@ -27,31 +27,37 @@ from mpidl.synchronous.sharded.step import Sharded
 
 
 class Synchronous(DistributedOptimizer):
-    """Allreduce-based synchronous SGD over any torch optimiser (mini-batch parallelism; Goyal et al. 2017).
+    """Averages the gradients of all ranks during backward, for any torch optimiser (synchronous SGD).
 
     After `backward()` each parameter's `grad` is the mean of all ranks' gradients, so that clipping, logging,
     GradScaler and several backward calls per step work unchanged. With a loss that is a mean, n ranks with a batch of m
-    each take the step that one rank takes with the n*m samples together. A parameter that was used on no rank keeps
-    its gradient (mostly None); one used on some ranks gets the mean over all of them.
+    samples each take the step that one rank takes with the n*m samples together. A parameter that no rank used keeps
+    its gradient (mostly None); a parameter that some ranks used gets the mean over all ranks.
+
+    Source: P. Goyal et al., *Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour*, 2017; `shard`: S. Rajbhandari
+    et al., *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*, 2020.
 
     Args:
-        optimizer: holds parameters of `model` only; alike on all ranks, hyperparameters too.
-        model: its parameters and buffers are broadcast from rank 0, in place, and so is the optimiser's state. Backward
-            must run on what calling this module returned, or reach its parameters directly.
-        comm: who trains together; default `mpidl.world()`.
-        shard: the ranks of a node share one copy of the weights, and each takes the optimiser's step on its own pieces
-            of them, whose state it alone holds; docs/optimizers.md says what that changes. Elementwise optimisers of
-            torch.optim and parameters on the cpu only.
-        bucket_cap_mb: gradients are reduced in buckets of at most this many MiB while backward goes on.
-        wire_dtype: torch.bfloat16 lets float32 gradients travel in that dtype between nodes, in buckets from 256 KiB on
-            (smaller ones if that is faster; with `shard` all); sums are taken in float32. None: as they are.
-        buffers: "mean" averages BatchNorm statistics and other floating buffers in `finish()`; "local" leaves them.
+        optimizer: holds parameters of `model` only; alike on all ranks, hyperparameters too. Rank 0's state is
+            broadcast.
+        model: its parameters and buffers are broadcast from rank 0, in place. Backward must run on the output of a call
+            of this module, or reach the module's parameters directly.
+        comm: communicator of the ranks that train together; default `mpidl.world()`.
+        bucket_cap_mb: largest size in MiB, above 0, of a bucket of gradients, which are reduced during backward.
+        wire_dtype: torch.bfloat16: float32 gradients are sent between nodes in that dtype and summed in float32, in
+            buckets of 256 KiB or more (smaller ones where that is faster; with `shard` all). None: no conversion.
+        shard: the ranks of a node share one copy of the weights; each rank takes the optimiser's step on its own pieces
+            of the weights and alone holds the state of those pieces. Needs an elementwise optimiser of torch.optim and
+            parameters on the cpu; docs/optimizers.md lists what changes.
+        buffers: "mean": `finish()` averages BatchNorm statistics and other floating buffers over the ranks; "local":
+            each rank keeps its own.
 
     Raises:
-        ArgumentError: optimiser and model do not belong together, or an argument cannot work; alike on all ranks.
-        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or they lie
-            on several devices.
+        ArgumentError: an argument cannot work, or optimiser and model do not belong together; alike on all ranks.
+        DtypeError: a parameter is not floating, on a device that cannot be used, or gets sparse gradients; or the
+            parameters lie on several devices.
         MismatchError: the ranks gave different models, optimisers or arguments.
+        SharedMemoryError: with `shard`, a node has too little shared memory for the weights; alike on all ranks.
     """
 
     def __init__(
@@ -100,7 +106,7 @@ class Synchronous(DistributedOptimizer):
         return own | state.describe_optimizer(self._inner, self._model)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Takes the inner optimiser's step; the gradients are already the means.
+        """Takes the inner optimiser's step on the mean gradients; with `shard` a collective.
 
         Raises:
             ArgumentError: a closure was given, or gradients were accumulated under `no_sync` only.
@@ -116,7 +122,7 @@ class Synchronous(DistributedOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        """GradScaler asks for this before it looks at gradients, of which it would see none here."""
+        """False; refused with `shard`, since GradScaler, which asks for this first, would find no gradients."""
         if self._sharded is not None:
             raise ArgumentError(
                 "GradScaler cannot see the gradients of shard=True: train in bfloat16, or without shard"
@@ -124,7 +130,11 @@ class Synchronous(DistributedOptimizer):
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the inner optimiser's; with `shard` gradients always become None."""
+        """Calls `zero_grad` of the inner optimiser.
+
+        Args:
+            set_to_none: whether gradients become None; False: zeros. With `shard` gradients always become None.
+        """
         if self._sharded is not None:
             self._sharded.zero_grad()
         super().zero_grad(set_to_none or self._sharded is not None)
@@ -134,7 +144,11 @@ class Synchronous(DistributedOptimizer):
         return super().state_dict()
 
     def full_state_dict(self) -> dict[str, Any]:
-        """Returns, on every rank, the state of the same optimiser without `shard`; with `shard` a collective."""
+        """Returns, on every rank, the state that the optimiser has without `shard`; with `shard` a collective.
+
+        Raises:
+            ClosedError: `finish()` was called, or a backward was interrupted half-way; with `shard` only.
+        """
         if self._sharded is None:
             return super().state_dict()
         if self._finished:
@@ -143,10 +157,14 @@ class Synchronous(DistributedOptimizer):
         return self._sharded.full_state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads into the inner optimiser; load the same on every rank.
+        """Loads a state into the inner optimiser, on every rank.
 
         Args:
-            state_dict: a full one, of any number of ranks; or with `shard` this rank's own part.
+            state_dict: a full state, the same on every rank and saved by any number of ranks; or, with `shard`, this
+                rank's own part.
+
+        Raises:
+            ArgumentError: with `shard`: the state is another rank's part, or a tensor has not its parameter's shape.
         """
         if self._sharded is None:
             super().load_state_dict(state_dict)
@@ -155,7 +173,7 @@ class Synchronous(DistributedOptimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward inside accumulates this rank's own gradients only; the next one outside reduces the sum."""
+        """Makes backward inside accumulate this rank's gradients only; the next backward outside reduces their sum."""
         before, self._reducer.synchronising = self._reducer.synchronising, False
         try:
             yield
@@ -164,12 +182,15 @@ class Synchronous(DistributedOptimizer):
 
     @contextmanager
     def samples(self, count: int) -> Iterator[None]:
-        """Backward inside weighs this rank's gradient by its number of samples, for batches that differ in size.
+        """Makes backward inside weigh this rank's gradient by its number of samples, for batches that differ in size.
 
-        Use it on all ranks or on none. What was accumulated under `no_sync` is weighed along with it.
+        Use `samples` on all ranks or on none. Gradients accumulated under `no_sync` get the same weight.
 
         Args:
-            count: samples behind this rank's mean loss; 0 leaves this rank out of the mean.
+            count: number of samples in this rank's mean loss; 0 leaves this rank out of the mean.
+
+        Raises:
+            ArgumentError: `count` is not a whole number, 0 or more.
         """
         if not isinstance(count, int) or count < 0:
             raise ArgumentError(f"samples({count!r}): expected a whole number of samples, 0 or more")
@@ -180,9 +201,15 @@ class Synchronous(DistributedOptimizer):
             self._reducer.samples = before
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Clips the norm of all gradients together, as torch's function of that name; returns the norm before.
+        """Clips the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does.
 
-        With `shard` a collective, and equal to torch's to round-off.
+        With `shard` a collective, whose norm equals torch's up to round-off.
+
+        Args:
+            max_norm: largest 2-norm after clipping.
+
+        Returns:
+            The norm before clipping, of one element.
         """
         if self._sharded is not None:
             self._reducer.check_steppable()
@@ -200,10 +227,14 @@ class Synchronous(DistributedOptimizer):
 
     @property
     def arrival(self) -> list[int] | None:
-        """In which order buckets fill, by index of the trained parameters; None before the first backward.
+        """The order in which buckets fill, by index of the trained parameters; None before the first backward.
 
-        Set it, alike on all ranks, to take over another run's: the sums of several nodes may depend on it in their last
-        bits. None for good with `shard`, and where `MPIDL_DETERMINISTIC=1` lets nothing depend on what was observed.
+        Assign the order of another run, alike on all ranks, to get that run's sums: the last bits of sums over several
+        nodes may depend on the order. Always None with `shard` and with `MPIDL_DETERMINISTIC=1`, which keep the order
+        of the model.
+
+        Raises:
+            ArgumentError: the assigned order does not have each index once.
         """
         return self._reducer.arrival
 
@@ -216,9 +247,12 @@ class Synchronous(DistributedOptimizer):
     def finish(self) -> None:
         """Ends training; a collective, harmless the second time.
 
-        A rank that comes early answers the others' steps without samples of its own until all are there (torch calls
-        this Join). If batches were uneven, the parameters and the optimiser's state of a rank that stepped last are
-        then copied to all, so that every rank holds the same model.
+        A rank that calls `finish` early takes part in the steps of the other ranks without samples, until all ranks
+        have called it (torch calls this Join). If some rank took fewer steps, the parameters and the optimiser's state
+        of a rank that took all steps are then copied to every rank, so that all ranks hold the same model.
+
+        Raises:
+            ClosedError: a backward was interrupted half-way.
         """
         super().finish()
 
@@ -238,7 +272,7 @@ class Synchronous(DistributedOptimizer):
 class _AfterForward:
     """The model's forward hook: makes the backward of each output end with the reduction.
 
-    It must not tie the model to this process: in a copy or a pickle of the model it does nothing.
+    In a copy or a pickle of the model the hook does nothing, so that the model is not tied to this process.
     """
 
     def __init__(self, reducer: Reducer | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Model averaging and DiLoCo: what they are equal to, ranks that end at different times, and what is refused."""
+"""Model averaging and DiLoCo: equal results, ranks that end at different times, and refused arguments."""
 
 from __future__ import annotations
 
@@ -83,30 +83,30 @@ def test_diloco_takes_the_mean_move_for_a_gradient_of_torch_s_nesterov(comm):
 
 @pytest.mark.parametrize("kind", [mpidl.ModelAveraging, mpidl.DiLoCo])
 @pytest.mark.parametrize("base", [3, 4])
-def test_ranks_that_end_at_different_times_answer_the_others(comm, kind, base):
+def test_ranks_that_end_early_take_part_in_the_rounds_of_the_others(comm, kind, base):
     model = Bowl(START, float(comm.rank))
     optimizer = kind(sgd(model), model, communication_window=2, comm=comm)
     for _ in range(base + 3 * comm.rank):
         one_step(model, optimizer)
-    foreseen = None
+    expected = None
     if comm.size == 1:
-        foreseen = optimizer.averaged()["weight"]
+        expected = optimizer.averaged()["weight"]
     optimizer.finish()
     assert_alike(comm, model)
-    assert foreseen is None or torch.equal(foreseen, model.weight.detach())
+    assert expected is None or torch.equal(expected, model.weight.detach())
 
 
 @pytest.mark.parametrize("kind", [mpidl.ModelAveraging, mpidl.DiLoCo])
-def test_what_finish_would_make_of_the_parameters_is_foreseen_and_nothing_changed(comm, kind):
+def test_averaged_returns_what_finish_leaves_and_changes_nothing(comm, kind):
     model = Bowl(START, float(comm.rank))
     optimizer = kind(sgd(model), model, communication_window=3, comm=comm)
     for _ in range(5):
         one_step(model, optimizer)
     before = weight(model)
-    foreseen, common = optimizer.averaged()["weight"], optimizer.common_state()
+    expected, common = optimizer.averaged()["weight"], optimizer.common_state()
     assert np.array_equal(weight(model), before)
     optimizer.finish()
-    assert torch.equal(foreseen, model.weight.detach())
+    assert torch.equal(expected, model.weight.detach())
     for name, values in optimizer.common_state().items():
         assert np.array_equal(values, common[name])
 

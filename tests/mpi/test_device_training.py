@@ -1,4 +1,4 @@
-"""Synchronous on a device in what depends on strides and buffers: channels_last, BatchNorm's statistics at `finish()`.
+"""`mpidl.Synchronous` on a device where strides and buffers matter: channels_last, BatchNorm statistics in `finish()`.
 
 The device is the host's, see tests/cuda_host; torch's work comes in the order of its stream (`Fake.ordered`).
 """
@@ -43,7 +43,7 @@ def images(rank: int, step: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("gradients", "cap"), [("as the parameters", 25), ("contiguous", 1e-5)])
 def test_channels_last_gradients(comm, ordered, gradients, cap):
-    """Gradients lie in memory as their parameters do, or not: those that were there before, in another order, stay."""
+    """Gradients keep their order in memory: that of their parameters, or that of a gradient that was there before."""
     expected = convolutions()
     reference = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
     model = convolutions().to(memory_format=torch.channels_last)

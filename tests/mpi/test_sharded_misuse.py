@@ -81,7 +81,7 @@ def test_torchs_own_clipping_raises(comm):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_gradscaler_says_why_it_cannot(comm):
+def test_gradscaler_is_refused_with_a_reason(comm):
     model, optimizer = sharded(comm, mlp(torch.float32))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(loss_of(model, batch(comm.rank, 0, dtype=torch.float32))).backward()
@@ -108,7 +108,7 @@ def test_a_gradient_of_the_users_own(comm):
 def test_the_users_own_optimizer_beside_mpidl(comm):
     model, optimizer = sharded(comm)
     loss_of(model, batch(comm.rank, 0)).backward()
-    with pytest.raises(mpidl.ArgumentError, match=r"shared out: call step\(\) of mpidl"):
+    with pytest.raises(mpidl.ArgumentError, match=r"sharded: call step\(\) of mpidl"):
         optimizer._inner.step()
     optimizer.step()
     local = optimizer._inner.state_dict()

@@ -177,7 +177,7 @@ def test_a_model_of_several_dtypes(comm):
 
 
 def test_state_of_before_is_cut_and_full_state_goes_anywhere(comm):
-    """Steps without mpidl, unsharded, sharded, on one rank, sharded again: as if nothing had changed hands."""
+    """Steps without mpidl, unsharded, sharded, on one rank, sharded again equal steps of one optimiser."""
     expected, plain = train(comm, adam, shard=False, steps=12)
     model, first = train(comm, adam, shard=False, steps=3)
     first.finish()
@@ -200,7 +200,7 @@ def test_state_of_before_is_cut_and_full_state_goes_anywhere(comm):
 
 
 def test_full_state_of_other_ranks(comm):
-    """What all ranks saved loads on one rank alone, and back."""
+    """The full state that all ranks saved loads on a single rank, and the other way round."""
     model, optimizer = train(comm, adam, shard=True, steps=4)
     full = optimizer.full_state_dict()
     weights = {name: value.clone() for name, value in model.state_dict().items()}

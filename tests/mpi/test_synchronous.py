@@ -20,7 +20,7 @@ OPTIMIZERS = {
 
 
 def reference(model, optimizer, size, steps, batch_of=batch):
-    """What one rank does with everybody's samples."""
+    """Trains on one rank with the samples of all ranks."""
     for step in range(steps):
         optimizer.zero_grad()
         loss_of(model, union(batch_of(rank, step) for rank in range(size))).backward()
@@ -32,7 +32,7 @@ def reference(model, optimizer, size, steps, batch_of=batch):
 def test_equals_one_rank_with_all_samples(comm, name):
     expected = mlp()
     reference(expected, OPTIMIZERS[name](expected.parameters()), comm.size, 12)
-    model = mlp(seed=comm.rank)  # rank 0's parameters must reach the others
+    model = mlp(seed=comm.rank)  # the parameters of rank 0 must reach the other ranks
     optimizer = mpidl.Synchronous(OPTIMIZERS[name](model.parameters()), model, comm=comm)
     for step in range(12):
         optimizer.zero_grad()
@@ -261,7 +261,7 @@ def test_buckets_travel_while_backward_goes_on(comm, backwards):
 
         @staticmethod
         def backward(ctx, gradient):
-            comm.barrier()  # all have come as far: the header of this backward is on its way from each
+            comm.barrier()  # every rank has sent the header of this backward
             time.sleep(0.01)
             now = optimizer._reducer._round
             launched.append(0 if now is None else now.launched)

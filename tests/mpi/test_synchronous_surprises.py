@@ -1,4 +1,4 @@
-"""`mpidl.Synchronous` where users do what a loop in a tutorial does not: copies, retries, resumed state, odd shapes."""
+"""`mpidl.Synchronous` in unusual training loops: copies, retries, resumed state, odd shapes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ANY_MPI = True
 
 
 def test_copies_of_the_model_and_the_users_own_hooks(comm):
-    """A copy of the model, for a running average say, knows nothing of other ranks; a pickle neither."""
+    """A copy or a pickle of the model, such as one for a running average, sends nothing to other ranks."""
     model = mlp()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = mpidl.Synchronous(inner, model, comm=comm)
     copied = torch.optim.swa_utils.AveragedModel(model), pickle.loads(pickle.dumps(model))
-    for other in copied if comm.rank == 0 else ():  # on one rank alone: nothing is sent
+    for other in copied if comm.rank == 0 else ():  # on one rank only, so that a message would never be answered
         loss_of(other, batch(0, 0)).backward()
     assert optimizer.statistics.rounds == 0
     calls = []
@@ -39,7 +39,7 @@ def test_copies_of_the_model_and_the_users_own_hooks(comm):
 
 
 def test_a_fused_optimizer_under_gradscaler_takes_the_unscaled_step(comm):
-    """torch's fused optimisers take the scale from GradScaler as an attribute, which a wrapper must not swallow."""
+    """torch's fused optimisers read the scale from an attribute that GradScaler sets, which must not reach them."""
     model, expected = mlp(torch.float32), mlp(torch.float32)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     optimizer = mpidl.Synchronous(inner, model, comm=comm)
@@ -55,7 +55,7 @@ def test_a_fused_optimizer_under_gradscaler_takes_the_unscaled_step(comm):
 
 
 def test_a_backward_that_failed_on_one_rank_can_be_repeated(comm):
-    """The failed one's gradients were sent in part; after `zero_grad` none of them may count."""
+    """The gradients of the failed backward were sent in part; after `zero_grad` none of these gradients may count."""
     model = mlp()
     optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm, bucket_cap_mb=1e-5)
 
@@ -98,13 +98,13 @@ def test_gradients_of_no_sync_that_were_thrown_away(comm):
         loss_of(model, batch(comm.rank, 0)).backward()
     optimizer.zero_grad()
     model[4](torch.ones(1, 8, dtype=torch.float64)).sum().backward()
-    assert model[0].weight.grad is None  # used by nobody since
+    assert model[0].weight.grad is None  # no rank has used the layer since
     optimizer.step()
     optimizer.finish()
 
 
 def test_optimizer_state_that_only_rank_0_has_loaded(comm):
-    """As with the parameters, rank 0's is everybody's; hyperparameters keep their types."""
+    """Every rank gets the optimiser state of rank 0, as it gets its parameters; hyperparameters keep their types."""
     model = mlp().to(memory_format=torch.channels_last)
     inner = torch.optim.AdamW(model.parameters(), lr=0.1)
     if comm.rank == 0:
@@ -121,7 +121,7 @@ def test_optimizer_state_that_only_rank_0_has_loaded(comm):
 
 
 def test_optimizer_state_in_another_order_of_memory(comm):
-    """Momentum lies channels_last where gradients did, and contiguous on a rank that never stepped."""
+    """Momentum is channels_last on a rank whose gradients were, and contiguous on a rank that never stepped."""
     torch.manual_seed(1)
     model = torch.nn.Conv2d(3, 5, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -156,8 +156,8 @@ def test_parameters_without_elements(comm, kind):
     assert model.scalar.item() == 1 - (total / comm.size if kind is mpidl.Synchronous else total)
 
 
-def test_a_gradient_that_somebody_keeps_stays_what_it_was(comm):
-    """Gradients lie where they were received; the next one must not be received there while they are kept."""
+def test_a_gradient_that_the_user_keeps_does_not_change(comm):
+    """Gradients are views of the result buffer; the next result must lie elsewhere while the user keeps a view."""
     model = mlp()
     optimizer = mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.0), model, comm=comm)
     kept, expected, places = [], [], []
@@ -170,7 +170,7 @@ def test_a_gradient_that_somebody_keeps_stays_what_it_was(comm):
         expected.append(twin[0].weight.grad[:2].flatten())
     torch.testing.assert_close(kept, expected, rtol=1e-11, atol=1e-13)
     kept.clear()
-    for step in range(4):  # nobody keeps anything: one memory is enough, and nothing is copied
+    for step in range(4):  # the user keeps no gradient: one buffer is enough, and nothing is copied
         optimizer.zero_grad()
         loss_of(model, batch(comm.rank, step)).backward()
         places.append([p.grad.data_ptr() for p in model.parameters()])
@@ -181,7 +181,7 @@ def test_a_gradient_that_somebody_keeps_stays_what_it_was(comm):
 
 
 def test_a_gradient_that_was_there_before_is_written_in_place(comm):
-    """Somebody may hold it: the user's own flat buffer, or what `zero_grad(set_to_none=False)` leaves."""
+    """The user may hold the gradient: a flat buffer of the user's, or zeros of `zero_grad(set_to_none=False)`."""
     model = mlp()
     parameters = list(model.parameters())
     optimizer = mpidl.Synchronous(torch.optim.SGD(parameters, lr=0.1), model, comm=comm)

@@ -1,4 +1,4 @@
-"""Small models, data that differ by rank, and the comparison that DESIGN-level promises are held to. No MPI here."""
+"""Small models, data that differ by rank, and the comparisons of trained models. Uses no MPI."""
 
 from __future__ import annotations
 

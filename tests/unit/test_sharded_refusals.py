@@ -1,4 +1,4 @@
-"""What `shard=True` refuses of parameters that no machine of the tests has."""
+"""Parameters and optimisers that `shard=True` refuses, checked without MPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_parameters_on_a_device_are_refused_by_name() -> None:
 
 
 def test_a_class_derived_from_a_known_one_is_refused() -> None:
-    """It may do anything in its step."""
+    """A derived class may override its step."""
 
     class Mine(torch.optim.SGD):
         pass

@@ -1,4 +1,4 @@
-"""Synchronous training that communicates now and then: local steps on every rank, and a round of averaging.
+"""Local SGD: every rank takes local steps, and after each communication window all ranks average.
 
-`periodic` is what the algorithms share; then one file per algorithm.
+`periodic` holds what the algorithms share; each algorithm has one file.
 """

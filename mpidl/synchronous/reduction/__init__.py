@@ -1,1 +1,1 @@
-"""What one backward needs: hooks, buckets, header and trailer of a step."""
+"""The reduction of gradients in one backward: hooks, round, buckets, header and trailer."""

@@ -1,8 +1,8 @@
-"""The flat memory of one bucket of gradients, and how far it has come in a round.
+"""The memory of one bucket of gradients, and the state of the bucket's reduction within a round.
 
-When a bucket is launched and written back is decided in `reducer`. Gradients stay where backward left them until they
-are reduced: the reduction itself reads them scattered. Where this backward has made them, what was received takes their
-place uncopied; others are overwritten. Those on a device are the business of `device_bucket`.
+`Round` decides when a bucket is launched and written back. Gradients stay where backward left them until they are
+reduced: the reduction reads them scattered. Where this backward has made a gradient, a view of the result takes the
+gradient's place and nothing is copied; other gradients are overwritten. Gradients on a device are in `device_bucket`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpidl.arrays import view
-from mpidl.arrays.layout import Bucket, Tensor, buckets
+from mpidl.arrays.layout import Bucket
 from mpidl.arrays.packing import Table
 from mpidl.collectives import Collectives, GatherList
 from mpidl.mpi import topology
-from mpidl.optim.state import Named, dtype_name, memory_order
+from mpidl.optim.state import memory_order
 from mpidl.synchronous.reduction.result_buffer import ResultBuffer
+from mpidl.synchronous.reduction.trailer import Trailer
 
-# MPI knows the memory of a running reduction by its address only: this keeps it alive, even if an interrupted backward
-# drops the optimizer and the model.
+# MPI knows the memory of a running reduction by its address only: this set keeps the memory alive, even if an
+# interrupted backward drops the optimizer and the model.
 _under_way: set[BucketMemory] = set()
 
 
@@ -31,24 +31,32 @@ class BucketMemory:
     """What one bucket receives: float32, or float64 for float64 parameters.
 
     Args:
-        bucket: which parameters travel in it, by index.
-        parameters: all parameters; their order in memory is that in which gradients lie here, on every rank.
+        bucket: which parameters' gradients are in the bucket, by index.
+        parameters: all parameters; a parameter's order in memory is that in which its gradient lies here, on every
+            rank.
+        collectives: of the ranks among whom gradients are reduced.
 
     Attributes:
-        bucket: which parameters travel in it.
-        packed: indices of the parameters whose gradients are sent, or will be when it is `ready`.
+        bucket: as given.
+        nbytes: bytes that one reduction takes from this rank.
+        packed: indices of the parameters whose gradients were added in this round.
+        replaced: gradients that backward made and `write_back` replaced. Their memory is not given back at once: malloc
+            would return it to the system, and the next backward would pay for every page again. `Reducer` clears the
+            list when training without mpidl would give the memory back.
     """
 
-    def __init__(self, bucket: Bucket, parameters: list[torch.nn.Parameter]) -> None:
+    nbytes: int
+
+    def __init__(self, bucket: Bucket, parameters: list[torch.nn.Parameter], collectives: Collectives) -> None:
         self.bucket = bucket
         self.packed: set[int] = set()
-        self._parameters = parameters
-        self._lends = False  # whether what was received can be a gradient itself
+        self.replaced: list[torch.Tensor | None] = []
+        self._parameters, self._collectives = parameters, collectives
+        self._reusable = False  # whether a view of the result can be a gradient
         self._gradients: dict[int, torch.Tensor | None] = {}
-        self._replaced: list[torch.Tensor | None] = []
-        self._weight = 1.0
-        self._request: Any = None  # under way
-        self._last: Any = None  # the same, until the next one is started
+        self._weight = 1
+        self._request: Any = None  # of the reduction under way
+        self._last: Any = None  # the same request, until the next round begins
         self._waited = 0.0
         self._slots = dict(zip(bucket.members, bucket.layout.slots, strict=True))
         self._table = Table(tuple(s.count for s in bucket.layout.slots), tuple(s.offset for s in bucket.layout.slots))
@@ -58,158 +66,147 @@ class BucketMemory:
         self._allocate(np.dtype("float64" if bucket.layout.dtype == "float64" else "float32"))
 
     def _allocate(self, dtype: np.dtype[Any]) -> None:
-        self._memory = ResultBuffer(self.bucket.layout.count, dtype)
-        self._receive = self._memory.now
-        self._lends = dtype.name == self.bucket.layout.dtype
+        self._result = ResultBuffer(self.bucket.layout.count, dtype)
+        self._reusable = dtype.name == self.bucket.layout.dtype
+        self.nbytes = self._result.array.nbytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one reduction takes from this rank."""
-        return int(self._receive.nbytes)
+    # Within a round, in this order.
 
-    @property
-    def full(self) -> bool:
-        """Whether every parameter's gradient is there."""
-        return len(self.packed) == len(self.bucket.members)
+    def begin(self, weight: int) -> None:
+        """Forgets the gradients of the round before.
 
-    @property
-    def finite(self) -> bool:
-        """Whether all that was sent in this round is finite; asked once the reduction has completed."""
-        return self._last is None or bool(self._last.finite)
-
-    def seconds(self) -> tuple[float, float, float]:
-        """What the last reduction took: packing, reducing, and waiting for others at the end of backward."""
-        packing, reducing = self._last.seconds if self._last is not None else (0.0, 0.0)
-        return packing, reducing, self._waited
-
-    def let_go(self) -> None:
-        """Gives back the memory of gradients that backward has made and `write_back` has replaced.
-
-        Not at once: malloc would return it to the system, and the next backward pay for every page of it again. So it
-        goes when training without mpidl would give it back.
+        Args:
+            weight: how often each gradient of this rank counts in the round.
         """
-        self._replaced.clear()
-
-    def begin(self) -> None:
-        """Forgets the gradients of the round before."""
-        self.let_go()
+        self.replaced.clear()
         self.packed.clear()
         self._gradients.clear()
         self._last = None
+        self._weight = weight
 
-    def pack(self, index: int, gradient: torch.Tensor | None, weight: int) -> None:
-        """Notes one parameter's gradient, which counts `weight` times; only while no reduction is under way.
+    def add(self, index: int, gradient: torch.Tensor | None) -> None:
+        """Notes one parameter's gradient; only while no reduction of the bucket is under way.
 
-        None, and any gradient of weight 0, counts as zeros: not even a NaN may get through.
+        None counts as zeros, and so does every gradient of a rank of weight 0: not even its NaN may reach other ranks.
         """
         self.packed.add(index)
-        self._gradients[index] = None if gradient is None or weight == 0 else gradient.detach()
-        self._weight = float(weight)
+        self._gradients[index] = gradient if self._weight else None
 
-    def ready(self, *, wait: bool = False) -> bool:
-        """Whether a full bucket can be sent; `wait` until it can."""
-        return self.full
+    def add_missing(self, *, again: bool) -> None:
+        """Adds the gradients, or None, of all parameters that were not added yet; `again`: of all parameters."""
+        if again:
+            self.packed.clear()
+        for index in self.bucket.members:
+            if index not in self.packed:
+                self.add(index, self._parameters[index].grad)
 
-    def carried(self) -> Sequence[int]:
-        """The parameters of which what was reduced before is added to the result, not being in the gradient itself."""
-        return ()
+    def ready(self) -> bool:
+        """Returns whether the bucket is full and can be launched; never blocks."""
+        return len(self.packed) == len(self.bucket.members)
 
-    def write_back(
-        self, used: np.ndarray[Any, Any], carried: np.ndarray[Any, Any], *, stepping: bool, made: Set[int]
-    ) -> None:
-        """Makes the reduced gradients the parameters', once the trailer is there.
+    def launch(self, signature: tuple[int, int], total: int) -> None:
+        """Starts the mean over all ranks, by weight; all ranks launch their buckets in the same order.
 
         Args:
-            used: of each parameter, whether some rank used it; another's gradient, mostly None, stays what it was.
-            carried: of each parameter, whether it is `carried` on some rank.
-            stepping: whether this rank brought gradients.
-            made: parameters that had no gradient before this backward: whatever they have now, nobody else holds it.
+            signature: numbers of the round and of the bucket, equal on all ranks.
+            total: sum of all ranks' weights.
         """
-        gradients, lent = {}, None
+        self._result.recycle()
+        source = self._gather_list(self.bucket.members)
+        self._track(self._collectives.start_gathered_sum(signature, source, self._result.view, total))
+
+    def advance(self) -> bool:
+        """Moves the reduction on and never blocks; returns whether no reduction is under way any more."""
+        if self._request is not None:
+            if not self._request.Test():
+                return False
+            self._request = None
+            self._gradients.clear()
+            _under_way.discard(self)
+        return True
+
+    def wait(self) -> tuple[float, float, float]:
+        """Waits until the reduction has completed; returns its seconds of packing, of reducing, and of waiting here."""
+        if self._request is not None:
+            ranks, before, started = self._collectives.topology, sum(self._last.seconds), time.perf_counter()
+            topology.wait_all(ranks, [self._request], "the reduction of gradients", ranks.channel.sequence, self)
+            worked = sum(self._last.seconds) - before
+            self._waited = max(0.0, time.perf_counter() - started - worked)
+            self.advance()
+        packing, reducing = self._last.seconds
+        return packing, reducing, self._waited
+
+    def finite(self) -> bool:
+        """Returns whether all gradients that this rank gave in this round are finite; after `wait`."""
+        return self._last is None or bool(self._last.finite)
+
+    def carried(self) -> Sequence[int]:
+        """Returns the parameters whose earlier reduced gradient is not in `p.grad` and must be added to the result."""
+        return ()
+
+    def write_back(self, trailer: Trailer, *, stepping: bool, made: Set[int]) -> None:
+        """Makes the reduced gradients those of the parameters.
+
+        Args:
+            trailer: a parameter that no rank used keeps its gradient (mostly None).
+            stepping: whether this rank brought gradients.
+            made: parameters that had no gradient before this backward, so that nobody else holds the present one.
+        """
+        gradients, result, used = {}, None, trailer.used
         for index in self.bucket.members if stepping else ():
-            parameter = self._parameters[index]
             if not used[index]:
                 continue
-            if self._lends and (parameter.grad is None or (index in made and not parameter.grad.requires_grad)):
-                lent = self._memory.lend() if lent is None else lent
-                self._replaced.append(parameter.grad)
-                parameter.grad = lent.as_strided(parameter.shape, self._strides[index], self._slots[index].offset)
+            parameter = self._parameters[index]
+            gradient = parameter.grad
+            if self._reusable and (gradient is None or (index in made and not gradient.requires_grad)):
+                result = self._result.as_tensor() if result is None else result
+                self.replaced.append(gradient)
+                parameter.grad = result.as_strided(parameter.shape, self._strides[index], self._slots[index].offset)
                 continue
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter, requires_grad=False)
-            gradients[index] = parameter.grad
-        self._unpack(gradients)
+            if gradient is None:
+                gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False)
+            gradients[index] = gradient
+        if gradients:
+            self._overwrite(gradients)
 
-    def _unpack(self, gradients: dict[int, torch.Tensor]) -> None:
+    # Parts of the above.
+
+    def _gather_list(self, members: Sequence[int | None]) -> GatherList:
+        """Returns what the reduction reads: the gradients of `members`, in the order of the bucket's table."""
+        addresses, present = list[int](), list[torch.Tensor]()
+        for index in members:
+            gradient = None if index is None else self._gradients.get(index)
+            if index is None or gradient is None:
+                addresses.append(0)
+                continue
+            if index in self._orders or not gradient.is_contiguous():
+                gradient = self._in_order(index, gradient).contiguous()
+            addresses.append(gradient.data_ptr())
+            present.append(gradient)
+        return GatherList(self._table, addresses, self.bucket.layout.dtype, float(self._weight), present)
+
+    def _track(self, request: Any) -> None:
+        self._request = self._last = request
+        self._waited = 0.0
+        _under_way.add(self)
+        self.advance()
+
+    def _in_order(self, index: int, gradient: torch.Tensor) -> torch.Tensor:
+        """Returns a gradient with its dimensions in the parameter's order in memory."""
+        order = self._orders.get(index)
+        return gradient.detach() if order is None else gradient.detach().permute(order)
+
+    def _overwrite(self, gradients: dict[int, torch.Tensor]) -> None:
         """Overwrites the gradients of some parameters, by index, with the reduced ones."""
-        if not gradients:
-            return
         targets = {index: self._in_order(index, gradient) for index, gradient in gradients.items()}
         dense = {index: dense_like(target) for index, target in targets.items()}
         table = self._table
         if len(gradients) < len(self.bucket.members):
             slots = [self._slots[index] for index in dense]
             table = Table(tuple(slot.count for slot in slots), tuple(slot.offset for slot in slots))
-        flat = view.view(self._receive)
-        addresses = [one.data_ptr() for one in dense.values()]
-        table.scatter(addresses, self.bucket.layout.dtype, flat.address, flat.dtype)
-        self._written(targets, dense)
-
-    def launch(self, ranks: Collectives, words: tuple[int, int], total: int) -> None:
-        """Starts the mean over all ranks, by weight; they launch their buckets in the same order.
-
-        Args:
-            ranks: among whom.
-            words: which reduction this is, alike on all of them.
-            total: of all their weights.
-        """
-        self._memory.renew()
-        self._receive = self._memory.now
-        source = self._source(self.bucket.members)
-        self._begin(ranks.start_gathered_sum(words, source, view.view(self._receive), total))
-
-    def _source(self, members: Sequence[int | None]) -> GatherList:
-        """What is read: the gradients of `members`, in the table's order."""
-        present = {i: self._in_order(i, g).contiguous() for i, g in self._gradients.items() if g is not None}
-        addresses = [0 if index not in present else present[index].data_ptr() for index in members]
-        return GatherList(self._table, addresses, self.bucket.layout.dtype, self._weight, present)
-
-    def _begin(self, request: Any) -> None:
-        self._request = self._last = request
-        self._waited = 0.0
-        _under_way.add(self)
-        self.advance()
-
-    def advance(self) -> None:
-        """Lets the reduction go on; never blocks."""
-        if self._request is not None and self._request.Test():
-            self._settle()
-
-    def wait(self, ranks: Collectives) -> None:
-        """Returns when the reduction has completed."""
-        if self._request is not None:
-            at, before, started = ranks.topology, sum(self._last.seconds), time.perf_counter()
-            topology.wait_all(at, [self._request], "the reduction of gradients", at.channel.sequence, self)
-            worked = sum(self._last.seconds) - before
-            self._waited = max(0.0, time.perf_counter() - started - worked)
-            self._settle()
-
-    def _settle(self) -> None:
-        self._request = None
-        self._gradients.clear()
-        _under_way.discard(self)
-
-    def _in_order(self, index: int, gradient: torch.Tensor) -> torch.Tensor:
-        order = self._orders.get(index)  # None: as it stands
-        return gradient.detach() if order is None else gradient.detach().permute(order)
-
-    @staticmethod
-    def _written(targets: dict[int, torch.Tensor], dense: dict[int, torch.Tensor]) -> None:
-        """Copies what was unpacked beside a strided gradient into it; tells autograd of the others."""
-        for index, target in targets.items():
-            if dense[index] is not target:
-                target.copy_(dense[index])
-        torch.autograd.graph.increment_version([one for one in targets.values() if not one.is_inference()])
+        flat = self._result.view
+        table.scatter([one.data_ptr() for one in dense.values()], self.bucket.layout.dtype, flat.address, flat.dtype)
+        finish_writing(targets, dense)
 
 
 def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
@@ -222,16 +219,15 @@ def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
 
 
 def dense_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor itself if its elements lie in order, or else memory for as many that do."""
+    """Returns the tensor itself if its elements lie in order without gaps, or else new memory for as many elements."""
     if tensor.is_contiguous():
         return tensor
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def cut_into_buckets(named: Named, nbytes: int, order: Sequence[int] | None = None) -> tuple[Bucket, ...]:
-    """Returns the buckets of these parameters, by their index, of at most so many bytes.
-
-    Args:
-        order: in which their gradients arrive; None: the last one first.
-    """
-    return buckets([Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named], nbytes, order)
+def finish_writing(targets: dict[int, torch.Tensor], dense: dict[int, torch.Tensor]) -> None:
+    """Copies results that `dense_like` has put into new memory to their targets; tells autograd of all writes."""
+    for index, target in targets.items():
+        if dense[index] is not target:
+            target.copy_(dense[index])
+    torch.autograd.graph.increment_version([one for one in targets.values() if not one.is_inference()])

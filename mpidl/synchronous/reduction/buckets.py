@@ -1,112 +1,70 @@
-"""All buckets of a model's gradients: which parameter travels in which, and the reduction of each.
-
-When a bucket goes on its way is decided in `reducer`; what happens to its memory, in `bucket`.
-"""
+"""All buckets of a model: which parameter's gradient is in which bucket, and in which order buckets fill."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from mpidl.arrays.layout import Bucket, fingerprint
+import numpy as np
+
+from mpidl.arrays import view as arrays
+from mpidl.arrays.layout import Bucket, Tensor, buckets, fingerprint
 from mpidl.collectives import Collectives
-from mpidl.optim.state import Named
-from mpidl.synchronous.reduction.bucket import BucketMemory, cut_into_buckets
-from mpidl.synchronous.reduction.device_bucket import bucket_memory
-from mpidl.synchronous.reduction.statistics import Statistics
+from mpidl.optim.state import Named, dtype_name
+from mpidl.synchronous.reduction.bucket import BucketMemory
+from mpidl.synchronous.reduction.device_bucket import DeviceBucketMemory
 
 
+@dataclass(frozen=True)
 class GradientBuckets:
-    """The buckets of one optimiser; all ranks hold the same.
+    """The buckets of one optimiser; those of all ranks are equal."""
+
+    memories: tuple[BucketMemory, ...]  # in the order in which they are launched
+    homes: tuple[int, ...]  # of each parameter, the number of its bucket
+    fingerprint: int  # differs where buckets differ
+
+
+def cut_into_buckets(named: Named, nbytes: int, order: Sequence[int] | None = None) -> tuple[Bucket, ...]:
+    """Returns the buckets of these parameters, by index, of at most `nbytes` bytes.
 
     Args:
-        ranks: among whom gradients are reduced.
-        named: parameters to reduce, with their names, in an order equal on all ranks.
-        nbytes: size of a bucket in bytes.
-        statistics: get what reductions take.
-        memories: of the buckets, if the weights are shared: those lie as the buckets do, which then stay as they are.
-
-    Attributes:
-        memories: of each bucket, in the order in which they are launched.
-        fingerprint: a number that differs where buckets differ.
-        arrival: the order of parameters in which buckets fill, once it was seen; None before, or if they stay.
+        named: the parameters, with their names.
+        nbytes: largest size of a bucket, unless a single parameter is larger.
+        order: indices of the parameters in the order in which their gradients arrive; None: the last one first.
     """
+    return buckets([Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named], nbytes, order)
 
-    def __init__(
-        self,
-        ranks: Collectives,
-        named: Named,
-        nbytes: int,
-        statistics: Statistics,
-        memories: Sequence[BucketMemory] = (),
-    ) -> None:
-        self._ranks, self._named, self._nbytes, self._statistics = ranks, named, nbytes, statistics
-        self.arrival: list[int] | None = None
-        link = ranks.topology.link  # not measured: nothing that the bits of a sum depend on may change
-        self.stay = bool(memories) or (link is not None and not link.measured)
-        self.memories: list[BucketMemory] = list(memories)
-        if memories:
-            self._number([memory.bucket for memory in memories])
-        else:
-            self._cut(None)
 
-    def _cut(self, order: Sequence[int] | None) -> None:
-        cut = cut_into_buckets(self._named, self._nbytes, order)
-        parameters = [parameter for _, parameter in self._named]
-        self.memories = [bucket_memory(bucket, parameters) for bucket in cut]
-        self._number(cut)
+def make_buckets(
+    collectives: Collectives, named: Named, nbytes: int, order: Sequence[int] | None = None
+) -> GradientBuckets:
+    """Returns buckets with memory of the kind that fits the parameters' device; args as `cut_into_buckets`."""
+    parameters = [parameter for _, parameter in named]
+    kind = BucketMemory if arrays.view(parameters[0]).device == "cpu" else DeviceBucketMemory
+    return with_homes([kind(bucket, parameters, collectives) for bucket in cut_into_buckets(named, nbytes, order)])
 
-    def _number(self, cut: Sequence[Bucket]) -> None:
-        self.fingerprint = fingerprint(cut)
-        self._homes = {index: number for number, bucket in enumerate(cut) for index in bucket.members}
 
-    def __len__(self) -> int:
-        return len(self.memories)
+def with_homes(memories: Sequence[BucketMemory]) -> GradientBuckets:
+    """Returns the buckets that have these memories, of which each parameter is in one."""
+    homes = {index: number for number, memory in enumerate(memories) for index in memory.bucket.members}
+    cut = [memory.bucket for memory in memories]
+    return GradientBuckets(tuple(memories), tuple(homes[index] for index in range(len(homes))), fingerprint(cut))
 
-    def home(self, index: int) -> int:
-        """Returns the number of the bucket in which a parameter's gradient travels."""
-        return self._homes[index]
 
-    def let_go(self) -> None:
-        """Gives back the memory of gradients that were replaced."""
-        for memory in self.memories:
-            memory.let_go()
+def agree_on_arrival(collectives: Collectives, arrived: Iterable[int], count: int, rank: int) -> list[int]:
+    """Returns the order in which gradients arrived on one rank, on every rank; a collective.
 
-    def begin(self, first: int = 0) -> None:
-        """Forgets the gradients of the round before, in bucket `first` and those behind it."""
-        for memory in self.memories[first:]:
-            memory.begin()
-
-    def pack(self, index: int, weight: int) -> None:
-        """Notes a parameter's gradient, which counts `weight` times."""
-        self.memories[self.home(index)].pack(index, self._named[index][1].grad, weight)
-
-    def pack_rest(self, first: int, weight: int) -> None:
-        """Notes what is missing in bucket `first` and those behind it."""
-        for memory in self.memories[first:]:
-            for index in memory.bucket.members:
-                if index not in memory.packed:
-                    self.pack(index, weight)
-
-    def launch(self, number: int, sequence: int, total: int) -> None:
-        """Starts a full bucket's reduction, once it can be sent.
-
-        Args:
-            number: which bucket.
-            sequence: of the round, alike on all ranks.
-            total: of all ranks' weights.
-        """
-        memory = self.memories[number]
-        memory.ready(wait=True)
-        memory.launch(self._ranks, (sequence, number), total)
-        self._statistics.bytes += memory.nbytes
-
-    def wait(self, number: int) -> None:
-        """Returns when a bucket's reduction has completed."""
-        self.memories[number].wait(self._ranks)
-        self._statistics.note_bucket(number, self.memories[number].seconds())
-
-    def follow(self, arrival: list[int]) -> None:
-        """Cuts other buckets, which fill in this order of parameters; between two rounds, alike on all ranks."""
-        self.arrival = arrival
-        self._statistics.forget_buckets()
-        self._cut(arrival)
+    Args:
+        collectives: of all ranks.
+        arrived: indices of parameters in the order in which gradients arrived here.
+        count: number of parameters; those that are missing in `arrived` come last, the last one first.
+        rank: whose order it is.
+    """
+    order = dict.fromkeys([*arrived, *reversed(range(count))])
+    mine = np.array([*order], np.int64)
+    ranks = collectives.topology
+    everyone = np.empty((ranks.size, mine.size), np.int64)
+    sequence = ranks.begin()
+    ranks.wait(collectives.start_words_gather(mine, everyone), "the order of gradients", sequence)
+    found: list[int] = everyone[rank].tolist()
+    return found

@@ -1,7 +1,7 @@
-"""The one small message per rank and synchronised step: who steps, with how many samples, who has finished or failed.
+"""The one small message per rank at the start of a synchronised step: who steps, with how many samples, who has failed.
 
-Uneven loaders, failed threads, wishes to stop and ranks that have come apart are all seen here, before any gradient
-moves. What the words lead to is decided in `reducer` and `synchronous`.
+Uneven loaders, failed threads, wishes to stop and ranks that have come apart are all seen in the headers, before any
+gradient is sent. `Reducer` decides what follows from a header.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mpidl.mpi import exit_protocol
 from mpidl.mpi.agreement import disagreement
 
 STEPPING, FINISHED, FAILED = 1, 2, 3
-UPDATING, CLIPPING, GATHERING = 4, 5, 6  # what only a sharded step does together, apart from backward
+UPDATING, CLIPPING, GATHERING = 4, 5, 6  # what the ranks of a sharded optimiser do together outside backward
 _DOING = {STEPPING: "backward", UPDATING: "step", CLIPPING: "clip_grad_norm_", GATHERING: "full_state_dict"}
-_EQUAL, _GIVEN = 0, 1  # weights: all ranks alike, or by `samples(k)`
+_EQUAL, _GIVEN = 0, 1  # kinds of weights: all ranks alike, or given by `samples(k)`
 
 
 @dataclass(frozen=True)
@@ -28,56 +28,62 @@ class Header:
     """What all ranks said at the start of a step; equal on every rank."""
 
     stepping: tuple[int, ...]  # ranks that bring a gradient
-    total: int  # sum of their weights: number of samples, or of ranks
+    total: int  # sum of the weights of those ranks: number of samples, or of ranks
     stopping: bool  # some rank wishes to stop after this step
-    doing: int = STEPPING  # or UPDATING and so on; FINISHED if nobody does anything
-    finished: tuple[int, ...] = ()  # ranks that bring none any more
+    doing: int = STEPPING  # or another state; FINISHED if all ranks have finished
+    finished: tuple[int, ...] = ()  # ranks that bring no gradient any more
 
 
-class Watcher(Protocol):
-    """Looks at what must hold at every step."""
+class StepCheck(Protocol):
+    """A check that each rank makes before every step, and whose failure on one rank all ranks report."""
 
-    def trouble(self, *, finishing: bool) -> int:
-        """Returns 0, or a number that says what is wrong on this rank."""
+    def check(self, *, finishing: bool) -> int:
+        """Returns 0, or the number of the error that this rank has found."""
 
-    def explain(self, trouble: int) -> Exception:
-        """Returns what the trouble of any rank is."""
+    def describe_error(self, number: int) -> Exception:
+        """Returns the error of this number, found by any rank."""
 
 
 class StepHeader:
-    """Exchanges the words of one optimiser's ranks, once per step.
+    """Exchanges the headers of one optimiser's ranks, once per step.
+
+    Args:
+        collectives: of the optimiser's ranks.
+        fingerprint: of the buckets.
+        check: made before every step; None: no check.
 
     Attributes:
-        layout: a number that differs where buckets differ.
+        fingerprint: a number that differs where buckets differ.
     """
 
-    def __init__(self, ranks: Collectives, layout: int, watcher: Watcher | None = None) -> None:
-        self._collectives, self._ranks = ranks, ranks.topology
-        self.layout, self._watcher = layout, watcher
+    def __init__(self, collectives: Collectives, fingerprint: int, check: StepCheck | None = None) -> None:
+        self._collectives, self._ranks = collectives, collectives.topology
+        self.fingerprint, self._check = fingerprint, check
         self._everyone = tuple(range(self._ranks.size))
 
     def start(
-        self, state: int, samples: int | None, steps: int, stopping: bool, trouble: int = 0
+        self, state: int, samples: int | None, steps: int, stopping: bool, error: int = 0
     ) -> Callable[[bool], Header | None]:
         """Starts the exchange.
 
         Args:
-            state: STEPPING, FINISHED, FAILED or another of those above.
+            state: STEPPING, FINISHED, FAILED or another of the states above.
             samples: weight of this rank's gradient, or None for equal weights.
             steps: optimiser steps taken so far.
-            stopping: this rank wishes to stop.
-            trouble: what else the watcher's `explain` will say.
+            stopping: whether this rank wishes to stop.
+            error: number of an error that this rank has found already; 0: none, so that the check is made.
 
         Returns:
-            A function: given True it waits for the header, given False it returns None while it is not there.
+            A function: given True, the function waits for the header; given False, it returns None while a rank's
+            header is missing.
         """
         weight, kind = (1, _EQUAL) if samples is None else (samples, _GIVEN)
-        if self._watcher is not None and not trouble:
-            trouble = self._watcher.trouble(finishing=state == FINISHED)
-        words = np.array([self.layout, state, weight, kind, steps, stopping, trouble], np.int64)
-        everyone = np.empty((self._ranks.size, words.size), np.int64)
+        if self._check is not None and not error:
+            error = self._check.check(finishing=state == FINISHED)
+        mine = np.array([self.fingerprint, state, weight, kind, steps, stopping, error], np.int64)
+        everyone = np.empty((self._ranks.size, mine.size), np.int64)
         sequence = self._ranks.begin()
-        request = self._collectives.start_words_gather(words, everyone)
+        request = self._collectives.start_words_gather(mine, everyone)
 
         def get(block: bool) -> Header | None:
             if block:
@@ -88,26 +94,27 @@ class StepHeader:
 
         return get
 
-    def _read(self, words: np.ndarray[Any, Any]) -> Header:
-        first, *rest = words.tolist()
+    def _read(self, everyone: np.ndarray[Any, Any]) -> Header:
+        first, *rest = everyone.tolist()
         if all(other == first for other in rest) and first[1] != FAILED and not first[6]:
-            return self._when_alike(first)  # nearly always; numpy would take longer, in caches that backward has filled
-        return self._when_not_alike(words)
+            return self._when_alike(first)  # the usual case; numpy would take longer just after backward
+        return self._when_not_alike(everyone)
 
-    def _when_alike(self, words: list[int]) -> Header:
-        _, state, weight, _, _, stopping, _ = words
+    def _when_alike(self, one: list[int]) -> Header:
+        _, state, weight, _, _, stopping, _ = one
         stepping = self._everyone if state == STEPPING else ()
         finished = self._everyone if state == FINISHED else ()
         return Header(stepping, weight * len(stepping), bool(stopping), state, finished)
 
-    def _when_not_alike(self, words: np.ndarray[Any, Any]) -> Header:
-        layouts, states, weights, kinds, steps, stops, troubles = words.T
+    def _when_not_alike(self, everyone: np.ndarray[Any, Any]) -> Header:
+        fingerprints, states, weights, kinds, steps, stops, errors = everyone.T
         if (states == FAILED).any():
             self._raise_failure()
-        if (layouts != layouts[0]).any():
-            raise MismatchError(f"the ranks hold different models: {disagreement(f'layout {x}' for x in layouts)}")
-        if troubles.any() and self._watcher is not None:
-            raise self._watcher.explain(int(troubles[troubles > 0][0]))
+        if (fingerprints != fingerprints[0]).any():
+            found = disagreement(f"layout {x}" for x in fingerprints)
+            raise MismatchError(f"the ranks hold different models: {found}")
+        if errors.any() and self._check is not None:
+            raise self._check.describe_error(int(errors[errors > 0][0]))
         stepping = tuple(int(r) for r in np.flatnonzero(states == STEPPING))
         doing = self._doing(states)
         if len({int(kinds[r]) for r in stepping}) > 1:

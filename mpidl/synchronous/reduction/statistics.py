@@ -1,4 +1,4 @@
-"""What synchronous training counts: `optimizer.statistics`; asynchronous classes have a `Statistics` of their own."""
+"""The counters of synchronous training, `optimizer.statistics`; `parameter_server` has its own `Statistics`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Statistics:
-    """What synchronous training did so far on this rank."""
+    """Counters of synchronous training on this rank."""
 
     steps: int = 0  # optimiser steps
     rounds: int = 0  # reductions of all gradients
@@ -16,11 +16,13 @@ class Statistics:
     seconds_communicating: float = 0.0  # time spent in hooks and at the end of backward
     seconds_packing: list[float] = field(default_factory=list)  # by bucket: gathering gradients to be sent
     seconds_reducing: list[float] = field(default_factory=list)  # by bucket: sums, and copies of what others summed
-    seconds_waiting: list[float] = field(default_factory=list)  # by bucket: at the end of backward; all that MPI does
+    seconds_waiting: list[float] = field(
+        default_factory=list
+    )  # by bucket: waiting at the end of backward; where MPI reduces, all of its work
     nonfinite_rounds: int = 0  # rounds in which some rank's gradient held an infinity or a NaN
 
     def note_bucket(self, number: int, seconds: tuple[float, float, float]) -> None:
-        """Adds what one reduction of a bucket took: packing, reducing, waiting."""
+        """Adds the seconds that one reduction of a bucket took: packing, reducing, waiting."""
         for kept, more in zip(
             (self.seconds_packing, self.seconds_reducing, self.seconds_waiting), seconds, strict=True
         ):
@@ -28,7 +30,7 @@ class Statistics:
             kept[number] += more
 
     def forget_buckets(self) -> None:
-        """Begins those by bucket anew: there are other buckets from now on."""
+        """Clears the counters by bucket, since the buckets have been cut anew."""
         for kept in (self.seconds_packing, self.seconds_reducing, self.seconds_waiting):
             kept.clear()
 

@@ -1,11 +1,11 @@
-"""The one small message per rank at the end of a synchronised backward, once all buckets were reduced.
+"""The one small message per rank at the end of a synchronised backward, sent once all buckets were reduced.
 
-What its flags lead to is decided in `reducer`.
+`Round` decides what follows from the flags.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,38 +18,46 @@ from mpidl.collectives import Collectives
 class Trailer:
     """What at least one rank says; equal on every rank."""
 
-    used: np.ndarray[Any, Any]  # of each parameter, whether it got a gradient in this backward
-    carried: np.ndarray[Any, Any]  # of each parameter, whether what was reduced before is added to the result
-    late: list[int]  # buckets that changed after they were launched
-    nonfinite: bool  # what was reduced held an infinity or a NaN
+    used: Sequence[bool]  # of each parameter, whether the parameter got a gradient in this backward
+    carried: Sequence[bool]  # of each parameter, whether its earlier reduced gradient is added to the result
+    late: list[int]  # numbers of the buckets that changed after their launch
+    nonfinite: bool  # some gradient that was reduced held an infinity or a NaN
 
 
 class StepTrailer:
     """Exchanges the flags of one optimiser's ranks, once per backward.
 
-    Python runs slowly when backward has just filled the caches: where every rank says the usual, nothing is unpacked.
+    Python runs slowly just after backward, which has filled the caches: where every rank sends the usual flags (all
+    parameters used, nothing carried, late or non-finite), no flag is unpacked.
 
     Args:
-        ranks: among whom.
-        parameters: how many there are, and
-        buckets: of those; alike on all ranks.
+        collectives: of the optimiser's ranks.
+        parameters: number of parameters, equal on all ranks.
+        buckets: number of buckets, equal on all ranks.
     """
 
-    def __init__(self, ranks: Collectives, parameters: int, buckets: int) -> None:
-        self._ranks, self._parameters, self._buckets = ranks, parameters, buckets
+    def __init__(self, collectives: Collectives, parameters: int, buckets: int) -> None:
+        self._collectives, self._parameters, self._buckets = collectives, parameters, buckets
         self._all_used = self._packed(range(parameters), (), (), False)
-        self._everyone = np.empty((ranks.topology.size, self._all_used.size), np.uint8)
-        self._usual_bytes = self._all_used.tobytes() * ranks.topology.size
+        self._everyone = np.empty((collectives.topology.size, self._all_used.size), np.uint8)
+        self._usual_bytes = self._all_used.tobytes() * collectives.topology.size
         self._usual = self._unpacked(self._all_used)
 
     def exchange(self, used: Set[int], carried: Iterable[int], late: Set[int], nonfinite: bool) -> Trailer:
-        """Returns what any rank says; a collective."""
+        """Returns what at least one rank says; a collective.
+
+        Args:
+            used: indices of the parameters that this rank used.
+            carried: indices of the parameters whose earlier reduced gradient this rank adds.
+            late: numbers of the buckets that changed on this rank after their launch.
+            nonfinite: whether a gradient of this rank held an infinity or a NaN.
+        """
         carried = tuple(carried)
         usual = len(used) == self._parameters and not (carried or late or nonfinite)
         mine = self._all_used if usual else self._packed(used, carried, late, nonfinite)
-        ranks = self._ranks.topology
+        ranks = self._collectives.topology
         sequence = ranks.begin()
-        request = self._ranks.start_words_gather(mine, self._everyone)
+        request = self._collectives.start_words_gather(mine, self._everyone)
         ranks.wait(request, "the end of a synchronised step", sequence)
         if self._everyone.tobytes() == self._usual_bytes:
             return self._usual
@@ -67,6 +75,6 @@ class StepTrailer:
 
     def _unpacked(self, agreed: np.ndarray[Any, Any]) -> Trailer:
         count = self._parameters
-        flags = np.unpackbits(agreed, count=2 * count + self._buckets + 1)
-        late = [int(number) for number in np.flatnonzero(flags[2 * count : -1])]
-        return Trailer(flags[:count], flags[count : 2 * count], late, bool(flags[-1]))
+        flags = np.unpackbits(agreed, count=2 * count + self._buckets + 1).astype(bool).tolist()
+        late = [number for number, flag in enumerate(flags[2 * count : -1]) if flag]
+        return Trailer(flags[:count], flags[count : 2 * count], late, flags[-1])

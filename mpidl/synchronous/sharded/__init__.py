@@ -1,1 +1,1 @@
-"""The step whose weights stand once per node and whose optimiser state is divided over the ranks."""
+"""The sharded step: one copy of the weights per node, and optimiser state divided over the ranks."""

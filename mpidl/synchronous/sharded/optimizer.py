@@ -1,7 +1,7 @@
-"""The user's own optimiser over the pieces that this rank owns, also where the user calls it directly.
+"""The user's own optimiser on the pieces that this rank owns, also where the user calls the optimiser directly.
 
-Its groups hold the user's parameters, which schedulers and hooks expect there; while it steps, saves or loads they hold
-the pieces. Its state is keyed by pieces.
+The optimiser's groups hold the user's parameters, which schedulers and hooks expect there; while the optimiser steps,
+saves or loads, its groups hold the pieces. The optimiser's state is keyed by pieces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from mpidl.collectives import Shards
 from mpidl.errors import ArgumentError
-from mpidl.optim.optimizer import note_shared_out
+from mpidl.optim.optimizer import mark_sharded
 from mpidl.synchronous.sharded import state as sharded_state
 from mpidl.synchronous.sharded.weights import Weights
 
@@ -21,22 +21,22 @@ class PieceOptimizer:
     """An optimiser whose state is cut to pieces, for good.
 
     Args:
-        optimizer: the user's, its state alike on all ranks.
-        weights: with the pieces.
-        shards: among whom.
+        optimizer: the user's, with a state that is alike on all ranks.
+        weights: hold the pieces.
+        shards: the ranks' groups and lanes.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Weights, shards: Shards) -> None:
         self._inner, self._weights, self._shards = optimizer, weights, shards
         self._rank, self._ranks = shards.ranks.rank, shards.ranks.size
         self._index = {id(p): i for i, p in enumerate(weights.parameters)}
-        self._held: list[list[torch.Tensor]] | None = None  # what the groups hold when it is not the pieces
+        self._held: list[list[torch.Tensor]] | None = None  # the groups' parameters, while the groups hold the pieces
         whole = {self._index[id(p)]: s for p, s in optimizer.state.items() if id(p) in self._index}
         for index, state in sharded_state.cut(weights, whole).items():
             optimizer.state[weights.pieces[index].tensor] = state
         for index in whole:
             del optimizer.state[weights.parameters[index]]
-        note_shared_out(optimizer)
+        mark_sharded(optimizer)
         optimizer.register_step_pre_hook(self._refuse_step)
         optimizer.register_state_dict_pre_hook(self._swap_in)
         optimizer.register_state_dict_post_hook(self._after_state_dict)
@@ -51,20 +51,8 @@ class PieceOptimizer:
         finally:
             self._swap_out()
 
-    def hyperparameters(self) -> list[dict[str, Any]]:
-        """Returns those of each group that are not tensors."""
-        return [
-            {k: v for k, v in group.items() if k != "params" and not isinstance(v, torch.Tensor)}
-            for group in self._inner.param_groups
-        ]
-
-    def take_hyperparameters(self, groups: list[dict[str, Any]]) -> None:
-        """Takes over another rank's, as JSON has them."""
-        for group, values in zip(self._inner.param_groups, groups, strict=True):
-            group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
-
     def full_state_dict(self) -> dict[str, Any]:
-        """Returns what the optimiser would have without pieces; a collective."""
+        """Returns the state that the optimiser would have without pieces; a collective."""
         pieces = self._weights.pieces
         states = {i: dict(self._inner.state.get(piece.tensor, {})) for i, piece in pieces.items()}
         whole = sharded_state.put_together(self._shards, self._weights, states)
@@ -83,7 +71,8 @@ class PieceOptimizer:
         """Loads a full state, or this rank's part of one.
 
         Raises:
-            ArgumentError: it is another rank's part, or of other pieces; or a tensor has not its parameter's shape.
+            ArgumentError: the state is another rank's part, or one of other pieces; or a tensor has not its parameter's
+                shape.
         """
         try:
             self._inner.load_state_dict(state_dict)
@@ -122,26 +111,26 @@ class PieceOptimizer:
 
     def _refuse_step(self, *_: Any) -> None:
         if self._held is None:
-            raise ArgumentError("step: this optimizer's parameters are shared out: call step() of mpidl.Synchronous")
+            raise ArgumentError("step: this optimizer's parameters are sharded: call step() of mpidl.Synchronous")
 
     def _after_state_dict(self, _: torch.optim.Optimizer, local: dict[str, Any]) -> None:
         local[sharded_state.KEY] = self._own_shard()
         self._swap_out()
 
-    # Which of the two its groups hold.
+    # Whether the groups hold parameters or pieces.
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self._inner.param_groups for p in group["params"]]
 
     def _swap_in(self, *_: Any) -> None:
         """Makes the optimiser hold the pieces in place of the parameters."""
-        self._swap_out()  # what an exception left behind
+        self._swap_out()  # an exception may have left pieces in the groups
         self._held = [group["params"] for group in self._inner.param_groups]
         for group, parameters in zip(self._inner.param_groups, self._held, strict=True):
             group["params"] = [self._standing_for(p) for p in parameters]
 
     def _swap_out(self, *_: Any) -> None:
-        """The reverse; the groups may have been replaced meanwhile."""
+        """Makes the optimiser hold the parameters again; the groups may have been replaced meanwhile."""
         if self._held is not None:
             for group, parameters in zip(self._inner.param_groups, self._held, strict=True):
                 group["params"] = parameters

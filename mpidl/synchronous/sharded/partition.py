@@ -1,7 +1,8 @@
-"""How a bucket is shared out: equal blocks, one per rank, cut so that no rank owns more than one part of a tensor.
+"""The partition of a bucket: equal blocks, one per rank, so that no rank owns more than one part of a tensor.
 
-Tensors begin at multiples of 64 elements, and blocks do: so every part of a tensor begins at a multiple of 64 elements
-from the tensor's own start, where vectorised loops begin anew, and the same bits come out of them. Pure arithmetic.
+Tensors begin at multiples of 64 elements, and so do blocks. Every part of a tensor therefore begins at a multiple of 64
+elements from the tensor's own start, where vectorised loops begin anew, so that a step on the part computes the same
+bits as a step on the whole tensor. This module is arithmetic only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ LINE = 64  # elements
 
 @dataclass(frozen=True)
 class Segments:
-    """A bucket without gaps: `members[s]` is the index of the tensor in segment s, None for padding."""
+    """A bucket's elements without gaps: `members[s]` is the index of the tensor in segment s, None for padding."""
 
     counts: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -43,11 +44,11 @@ class Partition:
 
     @cached_property
     def slots(self) -> dict[int, Slot]:
-        """The place of each tensor, by index."""
+        """Each tensor's slot, by the tensor's index."""
         return dict(zip(self.bucket.members, self.bucket.layout.slots, strict=True))
 
     def part(self, index: int, block: int) -> tuple[int, int]:
-        """Returns which elements of a tensor lie in a block, first and one past the last; none: both alike."""
+        """Returns the first element of a tensor that lies in a block and one past the last; two equal numbers: none."""
         slot = self.slots[index]
         start, stop = (min(max(self.size * b - slot.offset, 0), slot.count) for b in (block, block + 1))
         return start, stop
@@ -67,8 +68,8 @@ class Partition:
         return Segments(counts, offsets, members)
 
 
-def share_out(bucket: Bucket, number: int) -> Partition:
-    """Returns the bucket with its slots moved apart, in `number` equal blocks."""
+def partition_bucket(bucket: Bucket, number: int) -> Partition:
+    """Returns the partition of a bucket into `number` equal blocks, its slots moved to multiples of `LINE`."""
     slots, offset = [], 0
     for slot in bucket.layout.slots:
         slots.append(replace(slot, offset=offset))

@@ -1,7 +1,7 @@
 """The optimiser's state under `shard=True`: which optimisers can be sharded, how state is cut and put together.
 
-`state_dict()` keeps torch's form with this rank's pieces in it, and says under "shard" whose they are. A full one is
-what the unsharded optimiser would have.
+`state_dict()` keeps torch's form, with the state of this rank's pieces, and names the pieces under "shard". A full
+state is the one that the same optimiser without `shard` would have.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _ELEMENTWISE = (
     "ASGD",
     "Rprop",
 )
-_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})  # one for a whole parameter
-_NOT = {
+_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})  # keys of one number for a whole parameter
+_REASONS = {
     "LBFGS": "its direction comes from inner products over all parameters",
     "Muon": "it orthogonalises whole matrices",
     "Adafactor": "it keeps sums over rows and columns",
@@ -44,7 +44,7 @@ States = dict[int, dict[str, Any]]  # by index of a trained parameter
 
 
 def refuse(optimizer: torch.optim.Optimizer, trained: Named) -> None:
-    """Refuses what cannot be sharded.
+    """Refuses an optimiser or parameters that cannot be sharded.
 
     Raises:
         ArgumentError: the optimiser is not known to be elementwise; parameters lie in one memory; or existing state
@@ -53,7 +53,7 @@ def refuse(optimizer: torch.optim.Optimizer, trained: Named) -> None:
     """
     kind = type(optimizer)
     if kind not in {getattr(torch.optim, name) for name in _ELEMENTWISE}:
-        reason = _NOT.get(kind.__name__, "it is not known to treat every element by itself, whatever its neighbours")
+        reason = _REASONS.get(kind.__name__, "it is not known to treat every element by itself")
         raise ArgumentError(
             f"shard=True cannot be used with {kind.__name__}: {reason}, and each rank holds pieces of parameters only; "
             f"expected one of torch.optim's {', '.join(_ELEMENTWISE)}"
@@ -123,12 +123,12 @@ def put_together(shards: Shards, weights: Weights, states: States) -> States:
         i: next((each[i] for each in everyone if each.get(i)), {}) for i in range(len(weights.parameters))
     }
     whole: dict[tuple[int, str], torch.Tensor] = {}
-    for blocks in weights.buckets:
-        tensors = {(key, d) for i in blocks.slots for key, (d, value) in found[i].items() if d and value is None}
+    for partition in weights.partitions:
+        tensors = {(key, d) for i in partition.slots for key, (d, value) in found[i].items() if d and value is None}
         for key, dtype in sorted(tensors):
-            mine = {i: states[i][key] for i in blocks.slots if key in states.get(i, {})}
-            flat = _gathered(shards, weights, blocks, mine, getattr(torch, dtype))
-            for index, slot in blocks.slots.items():
+            mine = {i: states[i][key] for i in partition.slots if key in states.get(i, {})}
+            flat = _gathered(shards, weights, partition, mine, getattr(torch, dtype))
+            for index, slot in partition.slots.items():
                 if found[index].get(key) == [dtype, None]:
                     whole[index, key] = weights.in_shape(index, flat[slot.offset : slot.offset + slot.count].clone())
     return {
@@ -139,12 +139,12 @@ def put_together(shards: Shards, weights: Weights, states: States) -> States:
 
 
 def _gathered(
-    shards: Shards, weights: Weights, blocks: Partition, mine: dict[int, torch.Tensor], dtype: torch.dtype
+    shards: Shards, weights: Weights, partition: Partition, mine: dict[int, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
     """Returns one key's state of a whole bucket, in flat order; a collective."""
-    block = torch.zeros(blocks.size, dtype=dtype)
+    block = torch.zeros(partition.size, dtype=dtype)
     for index, value in mine.items():
-        at = blocks.slots[index].offset + weights.pieces[index].start - shards.block * blocks.size
+        at = partition.slots[index].offset + weights.pieces[index].start - shards.block * partition.size
         if value.numel():
             block[at : at + value.numel()] = value
     raw = shards.gather_blocks(block.view(torch.uint8).numpy(), "full_state_dict")
@@ -159,7 +159,7 @@ def _kind(value: Any) -> list[Any]:
     """Returns [dtype, None] of a tensor that is gathered, [dtype, value] of a single number, [None, value] of others.
 
     Raises:
-        DtypeError: it can be neither.
+        DtypeError: the value is of none of these kinds.
     """
     if isinstance(value, torch.Tensor):
         return [dtype_name(value), value.item() if value.dim() == 0 else None]

@@ -1,7 +1,8 @@
 """The sharded step: the user's own optimiser on the pieces of parameters that this rank owns (ZeRO; Rajbhandari 2020).
 
-What ranks do together outside backward begins with a header, as backward does: nobody writes weights before all have
-come, a parameter that has left the shared memory is refused on every rank, and a rank in `finish()` does its part.
+What the ranks do together outside backward begins with a header, as backward does: no rank writes weights before all
+ranks have come, a parameter that has left the shared memory is refused on every rank, and a rank in `finish()` does its
+part of the step.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import numpy as np
 import torch
 
 from mpidl.collectives import Collectives, Shards
+from mpidl.optim import state
 from mpidl.optim.state import Named
-from mpidl.synchronous.reduction.bucket import cut_into_buckets
+from mpidl.synchronous.reduction.buckets import cut_into_buckets
 from mpidl.synchronous.reduction.header import CLIPPING, GATHERING, UPDATING, Header
 from mpidl.synchronous.reduction.reducer import Reducer
 from mpidl.synchronous.reduction.statistics import Statistics
 from mpidl.synchronous.sharded.bucket import ShardedBucketMemory
 from mpidl.synchronous.sharded.optimizer import PieceOptimizer
-from mpidl.synchronous.sharded.partition import share_out
+from mpidl.synchronous.sharded.partition import partition_bucket
 from mpidl.synchronous.sharded.weights import Weights
 
 _weights: WeakKeyDictionary[torch.nn.Module, Weights] = WeakKeyDictionary()
@@ -36,9 +38,9 @@ class Sharded:
     Args:
         collectives: of all ranks.
         optimizer: the user's; its parameters and its state are alike on all ranks.
-        model: whose parameters they are.
-        trained: those that are trained.
-        bucket_nbytes: size of a bucket in bytes.
+        model: the model of the optimiser's parameters.
+        trained: the parameters to train, with their names.
+        bucket_nbytes: largest size of a bucket in bytes.
     """
 
     def __init__(
@@ -49,16 +51,18 @@ class Sharded:
         trained: Named,
         bucket_nbytes: int,
     ) -> None:
-        self._collectives = collectives
+        self._collectives, self._inner = collectives, optimizer
         self._shards = Shards(collectives)
         try:
             cut = cut_into_buckets(trained, bucket_nbytes)
-            buckets = tuple(share_out(bucket, collectives.topology.size) for bucket in cut)
-            self.weights = Weights(self._shards, model, trained, buckets)
+            partitions = tuple(partition_bucket(bucket, collectives.topology.size) for bucket in cut)
+            self.weights = Weights(self._shards, model, trained, partitions)
         except Exception:
             self._shards.free()
             raise
-        self._memories = [ShardedBucketMemory(blocks, self.weights, self._shards) for blocks in buckets]
+        self._memories = [
+            ShardedBucketMemory(partition, self.weights, self._shards, collectives) for partition in partitions
+        ]
         self._optimizer = PieceOptimizer(optimizer, self.weights, self._shards)
         self._reducer: Reducer
         _weights[model] = self.weights
@@ -66,63 +70,63 @@ class Sharded:
     def reducer(self, named: Named, bucket_nbytes: int, statistics: Statistics) -> Reducer:
         """Returns the reducer that gives each rank the gradients of its pieces."""
         self._reducer = Reducer(
-            self._collectives, named, bucket_nbytes, statistics, memories=self._memories, watcher=self.weights
+            self._collectives, named, bucket_nbytes, statistics, memories=self._memories, check=self.weights
         )
         return self._reducer
 
-    # What all ranks do together. A rank in finish() learns from the others what to do it with.
+    # What all ranks do together. A rank in `finish()` gets the arguments of its part from another rank.
 
     def step(self) -> None:
-        """Takes the optimiser's step on this rank's pieces, and makes the result everybody's weights."""
-        dropped, trouble = self._gradients()
-        header = self._reducer.announce(UPDATING, trouble)
-        mine = {"dropped": dropped, "groups": self._optimizer.hyperparameters() if header.finished else None}
-        told = self._told(header, mine)
-        self._update(told["dropped"])
+        """Takes the optimiser's step on this rank's pieces, and gives the result to all ranks."""
+        dropped, error = self._gradients()
+        header = self._reducer.announce(UPDATING, error)
+        mine = {"dropped": dropped, "groups": state.hyperparameters(self._inner) if header.finished else None}
+        arguments = self._arguments(header, mine)
+        self._update(arguments["dropped"])
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scales the gradients of all pieces of all ranks; returns their norm before."""
-        dropped, trouble = self._gradients()
-        header = self._reducer.announce(CLIPPING, trouble)
-        told = self._told(header, {"dropped": dropped, "max_norm": float(max_norm)})
-        return self._clip(told["dropped"], told["max_norm"])
+        """Scales the gradients of all pieces of all ranks; returns the norm of all of them before."""
+        dropped, error = self._gradients()
+        header = self._reducer.announce(CLIPPING, error)
+        arguments = self._arguments(header, {"dropped": dropped, "max_norm": float(max_norm)})
+        return self._clip(arguments["dropped"], arguments["max_norm"])
 
     def full_state_dict(self) -> dict[str, Any]:
         """Returns, on every rank, the `state_dict()` of the same optimiser without shards."""
-        self._told(self._reducer.announce(GATHERING), {})
+        self._arguments(self._reducer.announce(GATHERING), {})
         return self._optimizer.full_state_dict()
 
     def answer(self, header: Header) -> None:
-        """Does this rank's part while it waits in `finish()`."""
-        told = self._told(header, {})
+        """Does this rank's part of what the other ranks do, while this rank is in `finish()`."""
+        arguments = self._arguments(header, {})
         if header.doing == UPDATING:
-            self._optimizer.take_hyperparameters(told["groups"])
-            self._update(told["dropped"])
+            state.take_hyperparameters(self._inner, arguments["groups"])
+            self._update(arguments["dropped"])
         elif header.doing == CLIPPING:
-            self._clip(told["dropped"], told["max_norm"])
+            self._clip(arguments["dropped"], arguments["max_norm"])
         else:
             self._optimizer.full_state_dict()
 
-    def _told(self, header: Header, mine: dict[str, Any]) -> dict[str, Any]:
-        """Returns what the first rank that is not in `finish()` says, if some rank is."""
+    def _arguments(self, header: Header, mine: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments: those of the first rank outside `finish()`, where some rank is in `finish()`."""
         if not header.finished:
             return mine
         ranks = self._collectives.topology
         texts = ranks.gather_bytes(json.dumps(mine).encode(), "answering for a rank in finish()")
-        told: dict[str, Any] = json.loads(next(t for r, t in enumerate(texts) if r not in header.finished))
-        return told
+        arguments: dict[str, Any] = json.loads(next(t for r, t in enumerate(texts) if r not in header.finished))
+        return arguments
 
     def _gradients(self) -> tuple[list[int], int]:
-        """Returns the parameters that have no gradient, and the trouble that one has a strange gradient."""
-        dropped, trouble = [], 0
+        """Returns the parameters that have no gradient, and the number of an error if a gradient was replaced, or 0."""
+        dropped, error = [], 0
         for memory in self._memories:
             for index in memory.bucket.members:
-                there = memory.state_of(index)
-                if there is None:
-                    trouble = self.weights.replaced_gradient(index)
-                elif not there:
+                reduced = memory.reduced(index)
+                if reduced is None:
+                    error = self.weights.replaced_gradient(index)
+                elif not reduced:
                     dropped.append(index)
-        return dropped, trouble
+        return dropped, error
 
     def _drop(self, dropped: list[int]) -> None:
         for index in dropped:
@@ -174,11 +178,11 @@ class Sharded:
 
 @contextmanager
 def exclusive(model: torch.nn.Module) -> Iterator[bool]:
-    """Lets one rank write where several share the parameters of `model`, under `mpidl.Synchronous(shard=True)`.
+    """Lets one rank write parameters of `model` that several ranks share under `mpidl.Synchronous(shard=True)`.
 
-    `with mpidl.exclusive(model) as mine:` waits until all ranks that share the weights have come, and at its end until
-    the one that writes has written: do it in `if mine:`. Parameters that nobody shares are everybody's own to write:
-    then `mine` is True on every rank. A collective under `shard=True`.
+    Write in `with mpidl.exclusive(model) as mine:`, and there under `if mine:`. The block begins when all ranks that
+    share the weights have come to it, and ends when the writing rank has written. On a model whose parameters no rank
+    shares, `mine` is True on every rank and nothing waits. A collective under `shard=True`.
 
     Args:
         model: the one that the optimiser was given.

@@ -1,7 +1,8 @@
 """Parameters that the ranks of a node share: one copy of the weights, and the pieces of it that each rank owns.
 
-Parameters become views of shared memory and stay the user's own objects. Whoever replaces such a view, or writes to it
-on every rank, would train something else than the others do: `trouble` finds that out, and `explain` says it.
+Parameters become views of shared memory and stay the user's own objects. A user who replaces such a view, or writes to
+the view on every rank, would train other weights than the other ranks do: `check` finds such a change before each step,
+and `describe_error` words the error for all ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mpidl.optim.state import Named, memory_order
 from mpidl.synchronous.sharded.partition import Partition
 
 _LEFT, _WRITTEN, _GRADIENT = 0, 1, 2
-_WHY = {
+_ERRORS = {
     _LEFT: (
         "parameter {name} has left the memory that the ranks share (model.double(), load_state_dict(assign=True), "
         "share_memory() and `p.data = ...` do that): make such changes before mpidl.Synchronous(shard=True) or after "
@@ -40,7 +41,7 @@ class Piece:
     """What one rank owns of a parameter: elements `start` to `stop` in the parameter's order in memory.
 
     Attributes:
-        tensor: a flat view of the weights; the reduced gradient is its `grad`.
+        tensor: a flat view of the weights, whose `grad` is the reduced gradient.
     """
 
     start: int
@@ -49,7 +50,7 @@ class Piece:
 
     @property
     def owned(self) -> bool:
-        """Whether this rank takes the optimiser's step on it; of a parameter without elements all do."""
+        """Whether the piece has elements, on which this rank takes the optimiser's step."""
         return self.stop > self.start
 
 
@@ -57,31 +58,31 @@ class Weights:
     """The trained parameters of a model in memory of their node; making it is a collective.
 
     Args:
-        shards: who owns what.
-        model: whose parameters they are.
+        shards: the ranks' groups and lanes; gives the number of this rank's block.
+        model: the model of the parameters.
         named: the trained parameters; alike on all ranks, in their values too.
-        buckets: how they lie, by index in `named`.
+        partitions: of the buckets, by index in `named`; the weights lie in memory in this order.
     """
 
-    def __init__(self, shards: Shards, model: torch.nn.Module, named: Named, buckets: tuple[Partition, ...]) -> None:
+    def __init__(self, shards: Shards, model: torch.nn.Module, named: Named, partitions: tuple[Partition, ...]) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.orders = [memory_order(p) for p in self.parameters]
         self.pieces: dict[int, Piece] = {}
-        self._shards, self.buckets = shards, buckets
-        self._memory: Any = shards.memory(max(64, sum(blocks.nbytes for blocks in buckets)))
+        self._shards, self.partitions = shards, partitions
+        self._memory: Any = shards.memory(max(64, sum(partition.nbytes for partition in partitions)))
         self._starts, at = list[int](), 0
-        for blocks in buckets:
+        for partition in partitions:
             self._starts.append(at)
-            at += blocks.nbytes
-        views = {index: view for number in range(len(buckets)) for index, view in self._fill(number).items()}
+            at += partition.nbytes
+        views = {index: view for number in range(len(partitions)) for index, view in self._fill(number).items()}
         shards.share_weights(self._memory, self._places)
         for index, parameter in enumerate(self.parameters):
             parameter.data = views[index]
         self._expected = [_seen(parameter) for parameter in self.parameters]
         self._versions = [parameter._version for parameter in self.parameters]
         trained = {id(parameter): index for index, parameter in enumerate(self.parameters)}
-        self._homes = [
+        self._registered = [
             (module._parameters, name, parameter, trained[id(parameter)])
             for module in model.modules()
             for name, parameter in module._parameters.items()
@@ -90,14 +91,14 @@ class Weights:
 
     @property
     def _places(self) -> list[tuple[int, int]]:
-        return [(start, b.nbytes // b.number) for start, b in zip(self._starts, self.buckets, strict=True)]
+        return [(start, p.nbytes // p.number) for start, p in zip(self._starts, self.partitions, strict=True)]
 
     def _fill(self, number: int) -> dict[int, torch.Tensor]:
         """Copies this rank's pieces of one bucket into the shared memory; returns the parameters' views of it."""
-        blocks, views = self.buckets[number], {}
-        for index, slot in blocks.slots.items():
+        partition, views = self.partitions[number], {}
+        for index, slot in partition.slots.items():
             parameter, order = self.parameters[index].detach(), self.orders[index]
-            start, stop = blocks.part(index, self._shards.block)
+            start, stop = partition.part(index, self._shards.block)
             piece = self._flat(number, parameter.dtype, slot.offset + start, stop - start)
             own = parameter.permute(order).reshape(-1)
             piece.copy_(own[start:stop])
@@ -106,47 +107,47 @@ class Weights:
         return views
 
     def _flat(self, number: int, dtype: torch.dtype, offset: int, count: int) -> torch.Tensor:
-        """A view with a storage of its own, so that saving one parameter does not save all."""
+        """Returns a view of the weights with a storage of its own, so that saving one parameter does not save all."""
         if not count:
             return torch.empty(0, dtype=dtype)
-        at = self._starts[number] + offset * ITEMSIZE[self.buckets[number].bucket.layout.dtype]
+        at = self._starts[number] + offset * ITEMSIZE[self.partitions[number].bucket.layout.dtype]
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=at)
 
     def in_shape(self, index: int, flat: torch.Tensor) -> torch.Tensor:
-        """Views all elements of a parameter, in its order in memory, in its shape."""
+        """Returns a view, in the parameter's shape, of all its elements in the parameter's order in memory."""
         order, shape = self.orders[index], self.parameters[index].shape
         inverse = sorted(range(len(order)), key=lambda d: order[d])
         return flat.view([shape[d] for d in order]).permute(inverse)
 
     def in_memory_order(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
-        """The reverse of `in_shape`; a copy unless the tensor lies in that order."""
+        """Returns a tensor's elements in the parameter's order in memory; a copy unless they lie in that order."""
         return tensor.detach().permute(self.orders[index]).reshape(-1)
 
     def publish(self) -> None:
-        """Makes what every rank has written to its own pieces everybody's weights; a collective."""
+        """Gives the weights that each rank has written to its own pieces to all ranks; a collective."""
         self._shards.share_weights(self._memory, self._places)
         self.note_written()
 
     def note_written(self) -> None:
-        """Tells autograd that the weights have changed, and takes that for right."""
+        """Tells autograd that the weights have changed, and lets `check` accept the change."""
         live = [parameter for parameter in self.parameters if not parameter.is_inference()]
         torch.autograd.graph.increment_version(live)
         self._versions = [parameter._version for parameter in self.parameters]
 
     def barrier(self, what: str) -> None:
-        """Returns when all ranks that share this copy have come."""
+        """Waits until all ranks that share this copy of the weights have come."""
         self._shards.barrier(what)
 
     @property
     def writes(self) -> bool:
-        """Whether this rank is the one that writes for all that share this copy."""
+        """Whether this rank writes for all ranks that share this copy of the weights."""
         return self._shards.writes
 
-    def trouble(self, *, finishing: bool = False) -> int:
-        """Returns 0, or a number that says what is wrong with which parameter; `explain` knows it on every rank.
+    def check(self, *, finishing: bool = False) -> int:
+        """Returns 0, or the number of an error, which `describe_error` words on every rank.
 
         Args:
-            finishing: a parameter may have left.
+            finishing: a parameter may have left the shared memory.
         """
         for index, parameter in enumerate(self.parameters):
             if _seen(parameter) != self._expected[index]:
@@ -154,20 +155,20 @@ class Weights:
                     return 1 + 3 * index + _LEFT
             elif parameter._version != self._versions[index]:
                 return 1 + 3 * index + _WRITTEN
-        for home, name, trained, index in () if finishing else self._homes:
-            if home.get(name) is not trained:
+        for registered, name, trained, index in () if finishing else self._registered:
+            if registered.get(name) is not trained:
                 return 1 + 3 * index + _LEFT
         return 0
 
     @staticmethod
     def replaced_gradient(index: int) -> int:
-        """Returns the number of a gradient that is not mpidl's."""
+        """Returns the number of the error that the user has replaced a parameter's gradient."""
         return 1 + 3 * index + _GRADIENT
 
-    def explain(self, trouble: int) -> ArgumentError:
-        """Returns what is wrong."""
-        index, kind = divmod(trouble - 1, 3)
-        return ArgumentError(_WHY[kind].format(name=self.names[index]))
+    def describe_error(self, number: int) -> ArgumentError:
+        """Returns the error of a number from `check` or `replaced_gradient`."""
+        index, kind = divmod(number - 1, 3)
+        return ArgumentError(_ERRORS[kind].format(name=self.names[index]))
 
     @property
     def released(self) -> bool:
@@ -179,7 +180,7 @@ class Weights:
         if self._memory is None:
             return
         for parameter, expected in zip(self.parameters, self._expected, strict=True):
-            if _seen(parameter) == expected:  # whoever has left has memory of its own
+            if _seen(parameter) == expected:  # a parameter that has left has memory of its own
                 parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
         self._expected = [_seen(parameter) for parameter in self.parameters]
         for piece in self.pieces.values():
