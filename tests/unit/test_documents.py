@@ -49,7 +49,7 @@ def commands(text: str) -> Iterator[str]:
 FOLDERS = ("mpidl", "csrc", "docs", "jobs", "tests", "benchmarks", "packaging", ".github")
 A_FILE = re.compile(r"[\w.*/-]+(/|\.(py|c|h|cu|sh|md|sbatch|toml|yml|yaml|txt|cff))")
 # What a run writes, what a user has, and files of other projects.
-NOT_OURS = re.compile(r"(runs|checkpoints|/|~|build/|dist/)|(train|my_job|file|my_rule|my_collective)\.py$|meta\.yaml$")
+NOT_OURS = re.compile(r"runs|checkpoints|/|.*\bmy_rule\.py$|(train|job|my_job)\.py$")
 
 
 @functools.cache
@@ -195,7 +195,14 @@ OF_OTHERS = {
         "DistributedOptimizer",
         "push_pull",
     ),
-    *("process_group", "allreduce_hook", "NaN", "pickle", "hvd"),
+    *(
+        "process_group",
+        "allreduce_hook",
+        "MPI_COMM_TYPE_SHARED",
+        "MPI_Win",
+        "LOCAL_WORLD_SIZE",
+        "ZeroRedundancyOptimizer",
+    ),
 }
 A_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\(.*\))?")
 

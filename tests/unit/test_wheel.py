@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -184,6 +185,46 @@ except ExtensionError as error:
 """
     found = run(sys.executable, installed(distributions[1], tmp_path / "site") + code, tmp_path)
     assert found.startswith("mpidl was built without CUDA, so arrays on a device cannot be used: install mpidl again")
+
+
+SCRIPT = """
+import mpidl
+def train(optimizer: mpidl.Synchronous) -> None:
+    reveal_type(optimizer.statistics.steps)
+mpidl.world().no_such_method()
+"""
+
+
+def test_a_type_checker_sees_the_installed_package(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    """`py.typed` is in the wheel; without it the package would be Any, and a wrong name no error."""
+    pytest.importorskip("mypy")
+    with zipfile.ZipFile(distributions[1]) as archive:
+        archive.extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "mpidl" / "py.typed").exists()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n")
+    command = [sys.executable, "-m", "mypy", "--cache-dir=cache", "--config-file=mypy.ini", "script.py"]
+    environ = {**os.environ, "MYPYPATH": ""}
+    python = _site_python(tmp_path)
+    done = subprocess.run(
+        [*command, f"--python-executable={python}"],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(r'script.py:4: note: Revealed type is "(builtins\.)?int"', done.stdout), done.stdout + done.stderr
+    assert 'script.py:5: error: "Communicator" has no attribute "no_such_method"' in done.stdout
+
+
+def _site_python(folder: Path) -> Path:
+    """An environment whose only package is the wheel that was unpacked in `folder`."""
+    venv.create(folder / "typed", symlinks=True)
+    python = folder / "typed" / "bin" / "python"
+    site = Path(run(python, "import sysconfig; print(sysconfig.get_path('purelib'))", folder))
+    shutil.move(folder / "site" / "mpidl", site / "mpidl")
+    return python
 
 
 def test_an_empty_environment_can_import_it(distributions: tuple[Path, Path], tmp_path: Path) -> None:
