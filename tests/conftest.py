@@ -132,6 +132,8 @@ def pytest_runtest_teardown() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Shows what ran inside the ranks, which pytest counts as one item a launch."""
+    if hasattr(config, "workerinput"):  # one of xdist's workers, whose reports come to the process that prints
+        return
     outcomes = _reported(terminalreporter)
     if outcomes:
         terminalreporter.section("inside the ranks")

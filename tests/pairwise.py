@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import combinations
 from typing import TypeVar
 
 Variant = TypeVar("Variant")
+Key = TypeVar("Key", int, str)
 
 
-def pairwise(variants: Sequence[Variant], values_of: Callable[[Variant], Mapping[str, int]]) -> list[Variant]:
+def pairwise(variants: Sequence[Variant], values_of: Callable[[Variant], Mapping[Key, Hashable]]) -> list[Variant]:
     """Chooses variants of one test, in their order, such that each pair of values in any variant is in a chosen one.
 
     Greedy: the next one chosen is the first of those that show most pairs not yet seen. All ranks choose alike, since

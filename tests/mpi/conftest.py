@@ -8,7 +8,8 @@ fails writes its report to its own file and aborts the job: the others would wai
 the files.
 
 A test with three or more parameters (a size, a dtype, a kind...) runs on a part of their product that holds every pair
-of values of every two of them. pytest --all runs every size and the whole product.
+of values of every two of them. pytest --all runs every size and the whole product. Where some combinations are skipped
+or do nothing, a pair might be left to one of these: such a test is marked `whole_product` and runs on all of them.
 """
 
 from __future__ import annotations
@@ -166,15 +167,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for variants in tests.values() for item in pairwise(variants, _values)}
+        if not item.get_closest_marker("whole_product"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    whole = set(items).difference(*tests.values())
+    kept = whole.union(*(pairwise(variants, _values) for variants in tests.values()))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
 
-def _values(item: pytest.Item) -> dict[str, int]:
-    """The parameters of a test: name -> which of its values."""
-    return item.callspec.indices if hasattr(item, "callspec") else {}
+def _values(item: pytest.Item) -> dict[int, str]:
+    """The parameters of a test, one for each `parametrize`: its place -> the name of the value.
+
+    Values that one `parametrize` gives together, a row of its table, are one value here.
+    """
+    return dict(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else {}
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

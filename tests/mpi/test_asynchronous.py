@@ -42,6 +42,7 @@ def alone(comm):
     return comm.size == 1
 
 
+@pytest.mark.whole_product  # only one size does anything
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -56,6 +57,7 @@ def test_one_worker_with_window_1_is_plain_sgd_bit_for_bit(comm, kind, dtype):
         assert optimizer.statistics.staleness == {0: 30}
 
 
+@pytest.mark.whole_product  # only one size does anything
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("window", [2, 5])
 def test_one_worker_with_a_longer_window_is_plain_sgd_too(comm, window):

@@ -33,6 +33,7 @@ __all__ = [
 
 WITH_OTHERS = True
 SIZES = (3, 4)
+pytestmark = pytest.mark.whole_product  # some of it is skipped
 WAYS = {"switched off": ("MPIDL_SHARED_MEMORY", "0")} | {
     f"nodes of {k}": ("MPIDL_NODE_SIZE", str(k)) for k in (1, 2, 3)
 }

@@ -49,6 +49,7 @@ def by_turns(comm, kind, steps, lr=0.1, momentum=0.0, **given):
 # ------------------------------------------------------------------------------------------------ one worker is plain
 
 
+@pytest.mark.whole_product  # only one size does anything
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("kind", "window", "momentum"),

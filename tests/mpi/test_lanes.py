@@ -26,6 +26,7 @@ from mpidl.mpi.topology import Topology
 WITH_OTHERS = True
 RANKS = (4, 8)
 SIZES = (3, 4, 5, 8)
+pytestmark = pytest.mark.whole_product  # some of it is skipped
 COUNTS = (1, 63, 1500)
 SHOWN = ((3, 1), (5, 1), (5, 3), (8, 2))  # ranks, and ranks of a node, that show nothing that others do not
 EXCHANGES = ("direct", "halving_doubling")

@@ -39,6 +39,7 @@ def in_turns(comm, model, optimizer, steps):
             comm.barrier()
 
 
+@pytest.mark.whole_product  # only one size does anything
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("window", "overlap"), [(1, 1), (3, 1), (3, 3), (5, 2)])
 @pytest.mark.parametrize("name", ["Downpour", "DynSGD"])

@@ -24,6 +24,7 @@ __all__ = ["test_equals_one_rank_with_all_samples", "test_uneven_loaders"]
 WITH_OTHERS = True
 ANY_MPI = True
 SIZES = (2, 4)
+pytestmark = pytest.mark.whole_product  # some of it is skipped
 
 
 @pytest.fixture(params=["on one node", "on nodes of 2", "on some ranks"])

@@ -96,6 +96,7 @@ def test_half_types(comm, name, dtype):
     optimizer.finish()
 
 
+@pytest.mark.whole_product  # some of it does nothing
 @pytest.mark.parametrize("value", [1, 2, 3])
 @pytest.mark.parametrize(("name", "exchange"), [("momentum", "direct"), ("adam", "halving_doubling")])
 def test_across_nodes_bit_for_bit_as_without_shard(comm, monkeypatch, value, name, exchange):
@@ -135,6 +136,7 @@ def whole_steps(comm, make, steps, *, shard, **options):
     return model, optimizer
 
 
+@pytest.mark.whole_product  # some of it does nothing
 @pytest.mark.parametrize("name", FIFTY)
 def test_across_nodes_bit_for_bit_where_the_order_does_not_matter(comm, monkeypatch, name):
     if comm.size == 1 or (comm.size < 4 and name not in ("momentum", "adam")):  # each of the others: 2 nodes of 2

@@ -2,11 +2,10 @@
 
 The first optimizer of a process asks for torch._dynamo, and to import that package takes longer than to import torch:
 1.5 s of CPU. Nothing here is compiled, and without compiling the two functions that optimizers call do what stands
-below; whatever else is asked for is answered by the real package. With it come torch's kernels in Python for the device
-`meta`, a fifth of torch's import, which serve the compiler; without them an operation on that device fails. And while a
-quarter of a million objects come into being with torch, Python's garbage collector goes through them again and again,
-and once more when the process ends: 0.9 s of CPU. It rests until torch is there, leaves alone what came with it, and
-then works as ever. launching.py sets PYTHONPATH; its WHOLE_TORCH does without.
+below; whatever else is asked for is answered by the real package. And while a quarter of a million objects come into
+being with torch, Python's garbage collector goes through them again and again, and once more when the process ends:
+0.9 s of CPU. It rests until torch is there, leaves alone what came with it, and then works as ever. launching.py sets
+PYTHONPATH; its WHOLE_TORCH does without.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 NAME = "torch._dynamo"
-META = "torch._meta_registrations"
 
 
 class Deferred(types.ModuleType):
@@ -39,8 +37,7 @@ class Deferred(types.ModuleType):
         if name.startswith("__") and name != "__path__":  # whoever looks through sys.modules asks for these
             raise AttributeError(name)
         if sys.modules.get(NAME) is self:
-            del sys.modules[NAME], sys.modules[META]
-            importlib.import_module(META)
+            del sys.modules[NAME]
         return getattr(importlib.import_module(NAME), name)
 
 
@@ -71,5 +68,4 @@ def without_collecting(execute: Callable[[types.ModuleType], object]) -> Callabl
 
 
 sys.modules[NAME] = Deferred(NAME)
-sys.modules[META] = types.ModuleType(META)
 sys.meta_path.insert(0, Uncollected)
