@@ -1,4 +1,4 @@
-"""The helper thread runs on ranks that hold a shard for workers of other nodes, and only while the center is open."""
+"""The progress thread runs on ranks that hold a shard for workers of other nodes, and only while the center is open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One-sided traffic between nodes: it goes on while its target computes, by a helper thread or a server that polls."""
+"""One-sided traffic between nodes: it goes on while its target computes, by a progress thread or a server that polls."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ server.close()
 @pytest.mark.parametrize("protocol", ["active_message", "rma", ""])  # the last: whichever a trial finds faster
 @pytest.mark.parametrize("servers", [0, 1])
 def test_commits_from_other_nodes_land_while_a_rank_computes(tmp_path: Path, servers: int, protocol: str) -> None:
-    """Rank 1 holds a shard, which its helper thread lets MPI serve; or a server holds all, and polls."""
+    """Rank 1 holds a shard, which its progress thread lets MPI serve; or a server holds all, and polls."""
     file = tmp_path / "program.py"
     file.write_text(OUTSIDE_MPI)
     program = [sys.executable, str(file), str(servers), str(tmp_path / "done"), protocol]
