@@ -72,7 +72,7 @@ class Executor:
             ClosedError: `end` was called.
         """
         if self._thread.given_up:
-            raise ClosedError("an exchange cannot overlap with local steps: finish() was called, and its thread has ended")
+            raise ClosedError("exchanges cannot overlap any more: finish() was called, and its thread has ended")
         future = Future(call)
         self._waiting.put(future)
         return future

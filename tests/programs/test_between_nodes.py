@@ -1,4 +1,4 @@
-"""One-sided traffic between nodes: it goes on while its target computes, by a progress thread or a server that polls."""
+"""One-sided traffic between nodes: it goes on while its target computes, by a progress thread or a polling server."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def thread_level(world: Communicator) -> Finding:
     return Finding(
         "WARN",
         "thread level",
-        f"{_counted(levels)}: no progress thread can be used; import mpidl before mpi4py.MPI, or use an MPI with threads",
+        f"{_counted(levels)}: no progress thread can run; import mpidl before mpi4py.MPI, or use an MPI with threads",
     )
 
 

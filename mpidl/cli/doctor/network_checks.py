@@ -78,7 +78,7 @@ def one_sided_between_nodes(world: Communicator) -> Finding | None:
     far = [rank for rank in range(world.size) if nodes[rank] != nodes[0]]
     sound = bool((found == sum(rank + 1 for rank in far)).all())
     what = f"64 KiB from each of {len(far)} rank(s)"
-    remedy = "workers rely on each other's progress threads; ranks that only serve answer sooner (mpidl train --servers)"
+    remedy = "workers rely on the others' progress threads; ranks that only serve answer sooner (mpidl train --servers)"
     return _one_sided_finding(world, "one-sided between nodes", sound, waited, what, remedy=remedy)
 
 
