@@ -45,8 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_left_out] = {}
     if config.getoption("--all"):
         os.environ[ALL] = "1"
-    if getattr(config.option, "numprocesses", None):
-        config.option.dist = "loadgroup"  # so that one of xdist's workers gets every launch of tests/mpi
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
