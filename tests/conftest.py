@@ -47,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[ALL] = "1"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keeps tests that share a fixture of their module in one of xdist's workers: the others would make it again."""
+    info = getattr(item, "_fixtureinfo", None)
+    found = [] if info is None else [one for fixtures in info.name2fixturedefs.values() for one in fixtures]
+    if any(one.scope == "module" for one in found):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out the tests that are run only when they are asked for."""
     if _INSIDE:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.guards, pytest.mark.xdist_group("bed")]  # one worker makes the fixture `bad` once
+pytestmark = pytest.mark.guards
 
 TESTS = Path(__file__).parents[1]
 BED = ("conftest.py", "launching.py", "bed.py", "pairwise.py", "rank_main.py", "mpi/conftest.py")

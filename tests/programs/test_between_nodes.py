@@ -132,10 +132,10 @@ for _ in range(2):
 """
 
 
-def test_without_threads_in_mpi_there_is_no_helper_and_it_is_said_once(tmp_path: Path) -> None:
+def test_without_threads_in_mpi_there_is_no_progress_thread_and_it_is_said_once(tmp_path: Path) -> None:
     result = run_text(FEWER_THREADS, 2, tmp_path, MPIDL_NODE_SIZE="1")
     assert result.returncode == 0, result.output
-    assert result.stderr.count("mpidl: MPI was started with thread level 'serialized': there is no helper") == 1
+    assert result.stderr.count("mpidl: MPI was started with thread level 'serialized': there is no progress") == 1
 
 
 FAILS = """

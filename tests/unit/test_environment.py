@@ -14,7 +14,8 @@ from mpidl.native import environment
 from mpidl.native.environment import VARIABLES, Variable
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "jobs").glob("*"))]
+JOBS = sorted(file for file in (ROOT / "jobs").iterdir() if file.is_file())
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *JOBS]
 # Read by setup.py, by jobs/quickstart.sh and by the tests: the table leaves them out.
 OF_OTHERS = re.compile(r"MPIDL_(CUDA|WERROR|TORCH_INDEX|API|HEADERS|TESTS_\w+)")  # of the build, of C, of the tests
 NAMES = [variable.name for variable in VARIABLES]
