@@ -156,7 +156,7 @@ def test_no_worker_is_more_than_the_spread_ahead(world_comm, name, spread):
 def committed(clock):
     """Everybody's exchanges."""
     counts = np.empty(clock._workers, np.int64)
-    clock._window.read(clock._home, clocks._WORDS, counts)
+    clock._window.read(clock._home, clocks._COUNTERS, counts)
     clock._window.flush()
     return counts
 
