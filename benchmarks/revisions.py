@@ -136,9 +136,8 @@ def main():
     for what in pairs[0][0]:
         old, new = ([pair[side][what] for pair in pairs] for side in (0, 1))
         low, middle, high = statistics.quantiles([b / a for a, b in zip(old, new, strict=True)], n=4)
-        print(
-            f"| {what} | {statistics.median(old):,.0f} | {statistics.median(new):,.0f} | {low:.2f} {middle:.2f} {high:.2f} |"
-        )
+        medians = f"{statistics.median(old):,.0f} | {statistics.median(new):,.0f}"
+        print(f"| {what} | {medians} | {low:.2f} {middle:.2f} {high:.2f} |")
     return None
 
 
