@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 import mpidl
 
 NAMES = sorted(set(mpidl.__all__) - {"__version__"})
+RETURNED = {"DevicePacked", "Packed", "Request"}  # no user makes one
+CALLED = [name for name in NAMES if name not in RETURNED and not name.endswith("Error")]
 
 
 def test_all_lists_agree():
@@ -33,3 +36,18 @@ def test_it_is_there_and_says_what_it_is(name):
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="no attribute 'Downpuor'"):
         _ = mpidl.Downpuor
+
+
+def test_the_reference_has_every_name():
+    reference = Path(__file__).parents[2] / "docs" / "api.md"
+    assert sorted(re.findall(r"^::: mpidl\.(\w+)$", reference.read_text(), re.MULTILINE)) == NAMES
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_help_has_every_argument_and_points_to_nothing_internal(name):
+    """The reader of help(mpidl.Downpour) finds its arguments there, and no base with an internal name."""
+    thing = getattr(mpidl, name)
+    bases = {base.__name__ for base in inspect.getmro(thing)} if inspect.isclass(thing) else set()
+    assert not [base for base in bases - set(NAMES) if f"`{base}`" in thing.__doc__]
+    for argument in inspect.signature(thing).parameters:
+        assert re.search(rf"^\s+(?:\w+, )*{argument}(?:, \w+)*: ", thing.__doc__, re.MULTILINE), f"{name}: {argument}"
