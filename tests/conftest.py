@@ -47,12 +47,23 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[ALL] = "1"
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keeps tests that share a fixture of their module in one of xdist's workers: the others would make it again."""
-    info = getattr(item, "_fixtureinfo", None)
-    found = [] if info is None else [one for fixtures in info.name2fixturedefs.values() for one in fixtures]
-    if any(one.scope == "module" for one in found):
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """What xdist's workers get: all of tests/mpi goes to one, since ranks that wait take whole cores; a file whose
+    tests share a fixture goes to one too, or each worker would make the fixture again.
+
+    xdist's own groups change a test's name in a way that pytest 9.2 does not notice.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneWorkerEach(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = config.rootpath / nodeid.partition("::")[0]
+            if _MPI_TESTS in file.parents:
+                return str(_MPI_TESTS)
+            return str(file) if 'scope="module"' in file.read_text() else nodeid
+
+    return OneWorkerEach(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -94,7 +105,6 @@ class RanksItem(pytest.Item):
         self.ranks = ranks
         found = settings(self.path)
         self.with_others = found.with_others
-        self.add_marker(pytest.mark.xdist_group("ranks"))  # ranks that wait take whole cores: one launch at a time
         if found.any_mpi:
             self.add_marker(pytest.mark.any_mpi)
 
