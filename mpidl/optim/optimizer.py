@@ -16,7 +16,7 @@ import torch
 from mpidl.collectives import communicator
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError, ClosedError, DtypeError
-from mpidl.mpi import exit_protocol
+from mpidl.mpi import exit_protocol, runtime
 from mpidl.optim import state
 
 Self = TypeVar("Self", bound="DistributedOptimizer")
@@ -185,6 +185,7 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
 
     def _refuse(self, closure: Any) -> None:
         """Refuses a step that cannot be taken."""
+        runtime.mpi()  # refuses a forked child, which shares the node's memory: its commit would reach the center
         if self._finished:
             raise ClosedError(f"step: finish() was called on this mpidl.{type(self).__name__}")
         if closure is not None:

@@ -217,11 +217,14 @@ def test_a_thread_that_still_runs_keeps_nobody_waiting(tmp_path: Path) -> None:
 
 
 FORKED = """
-import os, sys, numpy as np, mpidl
+import os, sys, numpy as np, mpidl, torch
 comm = mpidl.world()
+model = torch.nn.Linear(2, 1)
+optimizer = mpidl.Downpour(torch.optim.SGD(model.parameters(), lr=0.1), model, communication_window=1)
 child = os.fork()
 if child == 0:
-    for call in (mpidl.world, lambda: comm.allreduce(np.ones(1)), lambda: mpidl.Communicator(None)):
+    calls = (mpidl.world, lambda: comm.allreduce(np.ones(1)), lambda: mpidl.Communicator(None), optimizer.step)
+    for call in calls:
         try:
             call()
         except mpidl.ForkedError as error:
@@ -229,11 +232,13 @@ if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 comm.barrier()
+assert optimizer.center()[0] == 0  # the child has committed nothing
+optimizer.finish()
 """
 
 
 def test_a_forked_child_is_refused_and_its_end_is_nobody_s_end(tmp_path: Path) -> None:
     result = run_text(FORKED, 2, tmp_path)
     assert result.returncode == 0, result.output
-    assert result.stdout.count("refused: process") == 6, result.output
+    assert result.stdout.count("refused: process") == 8, result.output
     assert "mpidl:" not in result.stderr
