@@ -64,6 +64,10 @@ class MessageServer:
         elif not self._helped:
             raise ExecutorEndedError
 
+    def begin_help(self) -> None:
+        """Lets another thread than the main one wait for a lock."""
+        self._helped = True
+
     def end_help(self) -> None:
         """Lets no other thread than the main one wait for a lock any more."""
         self._helped = False

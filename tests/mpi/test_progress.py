@@ -88,7 +88,10 @@ def test_it_enters_mpi_again_and_again(world_comm, monkeypatch):
         server.close()
 
 
-def test_finish_ends_it_whether_it_succeeds_or_fails(world_comm, monkeypatch):
+@pytest.mark.parametrize("protocol", ["active_message", "rma"])
+def test_finish_ends_it_whether_it_succeeds_or_fails(world_comm, protocol, monkeypatch):
+    """A second finish() starts it again: the other ranks' pulls are answered by it."""
+    monkeypatch.setenv("MPIDL_CENTER", protocol)
     with on_nodes_of(world_comm, 1, monkeypatch) as copy:
         model = torch.nn.Linear(ELEMENTS, 1)
         optimizers = [
@@ -102,4 +105,6 @@ def test_finish_ends_it_whether_it_succeeds_or_fails(world_comm, monkeypatch):
         assert helpers() == ["mpidl progress of Downpour"]
         optimizers[1].finish()
         assert helpers() == []
+        time.sleep(0.1 * copy.rank)  # the last rank pulls while the others wait for it in a barrier
         optimizers[0].finish()
+        assert helpers() == []

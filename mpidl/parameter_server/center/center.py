@@ -29,7 +29,7 @@ from mpidl.parameter_server.center import protocol as protocols
 from mpidl.parameter_server.center.arrays import plan_of
 from mpidl.parameter_server.center.clock import Clock
 from mpidl.parameter_server.center.node_array import NodeArray
-from mpidl.parameter_server.center.progress_thread import start_progress
+from mpidl.parameter_server.center.progress_thread import Progress, start_progress
 from mpidl.parameter_server.center.remote_array import RemoteArray
 from mpidl.parameter_server.center.sharding import Shard, shard
 from mpidl.parameter_server.center.ticket_lock import Locks
@@ -95,8 +95,9 @@ class Center:
         self._locks = Locks(self._ranks, locks[0], self.look) if locks else None
         self._sums = arrays.make(self._ranks, sums[0], self._order, self.look, hosts=hosts) if sums else None
         self._messages = self._serve_messages()
-        held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
-        self._progress = start_progress(self._ranks, name, self._messages) if held else None
+        self._held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
+        self._progress: Progress | None = None
+        self.start_progress()
         self._write(initial, shards[ranks.rank :: ranks.size])  # all workers know the values and share the writing
         ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
 
@@ -229,10 +230,16 @@ class Center:
         if not executor.under_way():  # the main thread looks, while it waits for the future
             self._lookout.look(f"{self._name} cannot go on ({self._where})")
 
+    def start_progress(self) -> None:
+        """Starts the progress thread where one is needed and none runs."""
+        if self._progress is None and self._held:
+            self._progress = start_progress(self._ranks, self._name, self._messages)
+
     def end_progress(self) -> None:
         """Ends the progress thread, where there is one; harmless the second time."""
         if self._progress is not None:
-            self._progress.end()
+            progress, self._progress = self._progress, None
+            progress.end()
 
     def close(self) -> None:
         """Gives the windows back; a collective of the workers."""

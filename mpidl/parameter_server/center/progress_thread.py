@@ -59,6 +59,8 @@ class Progress:
         # hundredth time only, and of a communicator of one rank MPICH never does.
         self._request = ranks.data.Irecv([np.empty(1, np.uint8), mpi.BYTE], source=ranks.rank, tag=_TAG)
         self._messages = messages
+        if messages is not None:
+            messages.begin_help()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._poll, name=f"mpidl progress of {name}", daemon=True)
         self._thread.start()

@@ -199,6 +199,8 @@ class Worker(FlatParameters):
         The steps since the last exchange are committed, all workers are waited for, and every rank's parameters become
         the center as it then is.
         """
+        if not self._finished:
+            self._center.start_progress()  # it ended if an earlier finish() failed, and other ranks need it to pull
         try:
             super().finish()
         finally:  # also if it failed: no thread may go on
