@@ -44,7 +44,9 @@ def ranks_of(running: Running) -> list[int]:
     found = []
     for pid in running.processes():
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if os.fsdecode(command[0]) == sys.executable and b"train" in command:
+        # Its name there may be python or python3: pip writes the one by which it was started itself.
+        program = Path(os.fsdecode(command[0]))
+        if program.parent == Path(sys.executable).parent and program.name.startswith("python") and b"train" in command:
             found.append(pid)
     return found
 
