@@ -73,11 +73,14 @@ enum { REDUCED_AT_ONCE = 512 };
 #define TIMES(a, b) ((a) * (b))
 #define LESSER(a, b) ((a) < (b) ? (a) : (b))
 #define GREATER(a, b) ((a) > (b) ? (a) : (b))
-#define DEFINE_REDUCTIONS(TYPE, REAL)             \
-    DEFINE_REDUCTION(sum, TYPE, REAL, PLUS)       \
-    DEFINE_REDUCTION(product, TYPE, REAL, TIMES)  \
-    DEFINE_REDUCTION(minimum, TYPE, REAL, LESSER) \
-    DEFINE_REDUCTION(maximum, TYPE, REAL, GREATER)
+/* A NaN wins against every number, as in numpy: `a` is one if it differs from itself, and `b` loses no comparison. */
+#define LESSER_OR_NAN(a, b) (((a) < (b)) | ((a) != (a)) ? (a) : (b))
+#define GREATER_OR_NAN(a, b) (((a) > (b)) | ((a) != (a)) ? (a) : (b))
+#define DEFINE_REDUCTIONS(TYPE, REAL)                    \
+    DEFINE_REDUCTION(sum, TYPE, REAL, PLUS)              \
+    DEFINE_REDUCTION(product, TYPE, REAL, TIMES)         \
+    DEFINE_REDUCTION(minimum, TYPE, REAL, LESSER_OR_NAN) \
+    DEFINE_REDUCTION(maximum, TYPE, REAL, GREATER_OR_NAN)
 
 enum {
     mpidl_itemsize_of_float32 = 4,
@@ -111,8 +114,8 @@ DEFINE_REDUCTIONS(float64, double)
 DEFINE_REDUCTIONS(float16, float)
 DEFINE_REDUCTIONS(bfloat16, float)
 DEFINE_REDUCTION(product, float32, float, TIMES)
-DEFINE_REDUCTION(minimum, float32, float, LESSER)
-DEFINE_REDUCTION(maximum, float32, float, GREATER)
+DEFINE_REDUCTION(minimum, float32, float, LESSER_OR_NAN)
+DEFINE_REDUCTION(maximum, float32, float, GREATER_OR_NAN)
 DEFINE_REDUCTION(minimum, int32, int32_t, LESSER)
 DEFINE_REDUCTION(maximum, int32, int32_t, GREATER)
 DEFINE_REDUCTION(minimum, int64, int64_t, LESSER)

@@ -151,6 +151,7 @@ class Communicator:
             x: array of any shape, with floating point, complex or integer elements, alike in dtype and number of
                 elements on all ranks; a non-contiguous array is copied first.
             op: "sum", "mean" (the sum divided by `size`, before it is rounded to the dtype), "min", "max" or "prod".
+                min and max with a NaN are NaN, as in numpy; of 0 and -0 either one, the same on all ranks.
             out: array of the shape, dtype and device of x for the result; `out=x` works in place. None: a new array.
 
         Returns:

@@ -24,6 +24,7 @@ from mpidl.collectives.lanes.pipeline import LaneCall, Lanes, lanes_of_nodes
 from mpidl.collectives.lanes.transport import Exchange
 from mpidl.collectives.mismatch import Call, agree, raise_mismatch
 from mpidl.collectives.node import Job, Node
+from mpidl.collectives.ordered import by_mpi
 from mpidl.collectives.staging import carry_out
 from mpidl.collectives.tasks import Reduction, RunningReduction, Task
 from mpidl.mpi import cuda_aware, shared_memory
@@ -166,8 +167,8 @@ class Collectives:
             options: dict[str, Any] = {"op": op, "divisor": float(divisor), "exchange": exchange}
             yield start.reduce(self.lanes, kind, self._signature(call), send, receive, **options)
             return
-        rest = (receive, op, root) if kind == "reduce" else (receive, op)
-        yield from carry_out(getattr(self.topology, f"start_{kind}"), send, *rest)
+        rest = (op, root) if kind == "reduce" else (op,)
+        yield from by_mpi(getattr(self.topology, f"start_{kind}"), send, receive, *rest)
         if divisor != 1 and receive is not None:
             view.divide(receive, divisor)
 

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any
 
 from mpidl.collectives import Task
-from mpidl.mpi import exit_protocol
+from mpidl.mpi import exit_protocol, runtime
 from mpidl.mpi.topology import Topology
 from mpidl.mpi.waiting import WaitGuard
 
@@ -66,6 +66,7 @@ class Request:
 
     def test(self) -> bool:
         """Moves the call on without blocking; returns whether the call has completed, be it with an error."""
+        runtime.refuse_forked()
         self._queue.advance(until=self)
         return self.done
 
@@ -78,6 +79,7 @@ class Request:
         Raises:
             MpidlError: as the blocking call does; the same error again when called again.
         """
+        runtime.refuse_forked()
         self._queue.advance(block=True, until=self)
         if self._error is not None:
             raise self._error

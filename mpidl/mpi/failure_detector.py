@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpidl.errors import ClosedError
-from mpidl.mpi import exit_protocol
+from mpidl.mpi import exit_protocol, runtime
 from mpidl.mpi.processes import Process
 from mpidl.native import environment
 
@@ -85,7 +85,9 @@ class Channel:
         Raises:
             ClosedError: the communicator was freed, or one of its calls ended half-way: ranks would take the messages
                 of one call for another's.
+            ForkedError: the process was forked from a rank's.
         """
+        runtime.refuse_forked()
         if self._comm is None:
             raise ClosedError(f"{self.name} was freed: it takes no further calls")
         if self.given_up is not None:

@@ -21,6 +21,7 @@ __all__ = [
     "mpi_description",
     "mpi_library",
     "on_stop_signal",
+    "refuse_forked",
     "set_torch_threads",
     "started",
     "torch_threads",
@@ -45,9 +46,18 @@ def mpi() -> Any:
     """
     if _mpi is None:
         return _start()
-    if os.getpid() != _pid:
-        raise ForkedError(f"process {os.getpid()} was forked from rank process {_pid}: only the parent may use mpidl")
+    refuse_forked()
     return _mpi
+
+
+def refuse_forked() -> None:
+    """Refuses a forked child, which shares memory with the other ranks and would take part in its parent's name.
+
+    Raises:
+        ForkedError: the process was forked from one that has started MPI.
+    """
+    if _pid and os.getpid() != _pid:
+        raise ForkedError(f"process {os.getpid()} was forked from rank process {_pid}: only the parent may use mpidl")
 
 
 def _start() -> Any:

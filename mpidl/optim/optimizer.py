@@ -6,21 +6,28 @@ optimiser's state, and closing. The exchange of a step is in `synchronous` and `
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import inspect
+from abc import ABCMeta, abstractmethod
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 
+from mpidl.arrays import view as arrays
 from mpidl.collectives import communicator
 from mpidl.collectives.communicator import Communicator
-from mpidl.errors import ArgumentError, ClosedError, DtypeError
+from mpidl.errors import ArgumentError, ClosedError, DtypeError, MismatchError, SharedMemoryError
 from mpidl.mpi import exit_protocol, runtime
-from mpidl.optim import state
+from mpidl.optim import closures, models, state
+from mpidl.optim.agreed_state import AgreedState
+from mpidl.optim.buffers import ModelState, refuse_local_norms
+from mpidl.optim.modes import Mode
 
 Self = TypeVar("Self", bound="DistributedOptimizer")
 _BUFFERS = ("mean", "local")
+_ALIKE = (ArgumentError, DtypeError, MismatchError, SharedMemoryError)  # what constructors raise on every rank
 _sharded: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
@@ -42,7 +49,26 @@ def refuse_sharded(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-class DistributedOptimizer(torch.optim.Optimizer, ABC):
+class _Constructing(ABCMeta):
+    """Makes a constructor that fails leave nothing open, in whichever subclass it fails."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
+        try:
+            made.__init__(*args, **kwargs)
+        except _ALIKE:
+            made._undo()
+            raise
+        return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The constructor's, for `inspect.signature` and help()."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+
+class DistributedOptimizer(AgreedState, torch.optim.Optimizer, metaclass=_Constructing):
     """Base of `Synchronous` and of the parameter server's optimisers.
 
     `param_groups`, `state`, `defaults` and the step hooks are the inner optimiser's own objects, so that schedulers,
@@ -50,10 +76,11 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
 
     Args:
         optimizer: the optimiser to wrap; it must hold parameters of `model` only.
-        model: its parameters and buffers are broadcast from rank 0, in place.
+        model: a module, or a list of modules and parameters; its parameters and buffers are broadcast from rank 0, in
+            place.
         comm: communicator of the ranks that train together, which is duplicated; default `mpidl.world()`.
-        buffers: "mean": at `finish()` floating buffers (BatchNorm statistics) become the mean over ranks and others
-            those of rank 0; "local": they stay as they are.
+        buffers: "mean": at `finish()` the ranks agree on buffers, and on parameters that are not trained: floating ones
+            become the mean over ranks, see `mpidl.optim.buffers`; "local": they stay as they are.
 
     The constructor is a collective.
     """
@@ -61,14 +88,14 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: models.Model,
         *,
         comm: Communicator | None,
         buffers: str,
         error: Exception | None = None,
     ) -> None:
         self._inner = optimizer
-        self._model = model
+        self._model = models.together(model)
         if comm is not None and not isinstance(comm, Communicator):
             raise DtypeError(
                 f"comm is a {type(comm).__name__}; expected an mpidl.Communicator, such as mpidl.Communicator(comm)"
@@ -76,6 +103,7 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
         self.comm = comm if comm is not None else communicator.world()
         self._buffers = buffers
         self._finished = False
+        self._token = 0  # of nothing
         name = type(self).__name__
         self._ranks = self.comm.topology.duplicate(f"{name}'s copy of {self.comm.topology.name}")
         self._held: state.Named = []
@@ -86,7 +114,17 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
         except Exception:
             self._ranks.free()
             raise
+        self._model_state = ModelState(self._model, self._held, adding=self._steps_apart)
+        self._opened()
         self._token = exit_protocol.opened(f"mpidl.{name}: its finish() was never called")
+        self._steps_inner = False  # whether the inner optimiser's step is this optimiser's
+        self._no_step_alone = self._inner.register_step_pre_hook(_NoStepAlone(self))
+
+    def _undo(self) -> None:
+        """Closes what this constructor has opened before a subclass's failed, alike on all ranks; a collective."""
+        if self.__dict__.get("_token"):
+            exit_protocol.closed(self._token)
+            self._ranks.free()
 
     def _check(self, error: Exception | None) -> None:
         """Refuses bad input alike on every rank, before any other message."""
@@ -99,10 +137,12 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
             if isinstance(self._inner, DistributedOptimizer):
                 raise ArgumentError(f"optimizer is already a mpidl.{type(self._inner).__name__}; wrap it once")
             refuse_sharded(self._inner)
-            if not isinstance(self._model, torch.nn.Module):
-                raise ArgumentError(f"model is a {type(self._model).__name__}; expected a torch.nn.Module")
+            wrong = models.problem(self._model)
+            if wrong is not None:
+                raise wrong
             if self._buffers not in _BUFFERS:
                 raise ArgumentError(f"buffers={self._buffers!r}; expected one of {', '.join(_BUFFERS)}")
+            refuse_local_norms(self._model)
             held = state.held_parameters(self._inner, self._model)
             self._held, self._frozen, unheld = held.trained, held.frozen, [name for name, _ in held.others]
             description = state.describe(self._model, held) | self._describe()
@@ -116,8 +156,8 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
             )
 
     def _broadcast(self) -> None:
-        """Copies rank 0's parameters and buffers to all ranks; a collective."""
-        state.broadcast_model(self._ranks, self._model)
+        """Copies rank 0's parameters and buffers to all ranks, but for what another optimiser trains; a collective."""
+        state.broadcast_model(self._ranks, self._model, leaving=self._trained_elsewhere(self._ranks))
 
     def _describe(self) -> dict[str, Any]:
         """Returns the other settings that must be alike on all ranks, as JSON-able items."""
@@ -129,16 +169,34 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
     # The inner optimiser's own objects, for torch and the user.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self._inner.param_groups
 
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self._inner.state
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        held = [p for group in self._inner.param_groups for p in group["params"]]
+        given = [p for group in groups for p in group["params"]]
+        if sorted(map(id, held)) != sorted(map(id, given)):
+            raise ArgumentError("param_groups: the parameters were fixed by the constructor; regroup the same ones")
+        self._inner.param_groups = groups
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def state(self) -> Any:
+        return self._inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if state and self._inner in _sharded:
+            raise ArgumentError("state: with shard=True it is that of pieces of parameters; use load_state_dict()")
+        self._inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
         return self._inner.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._inner.defaults = defaults
 
     def __getattr__(self, name: str) -> Any:
         if name == "_inner":
@@ -185,11 +243,8 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
 
     def _refuse(self, closure: Any) -> None:
         """Refuses a step that cannot be taken."""
-        runtime.mpi()  # refuses a forked child, which shares the node's memory: its commit would reach the center
-        if self._finished:
-            raise ClosedError(f"step: finish() was called on this mpidl.{type(self).__name__}")
-        if closure is not None:
-            raise ArgumentError("step: a closure would run backward a different number of times on each rank")
+        self._refuse_closed("step")  # a forked child too: its commit would reach the center
+        closures.refuse_argument(closure)
         thawed = [name for name, p in self._frozen if p.requires_grad]
         if thawed:
             raise ArgumentError(
@@ -198,19 +253,89 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
                 f"{', ...' if len(thawed) > 5 else ''}; call finish() and make a new one after such a change"
             )
 
+    def _step_inner(self, closure: Any = None) -> Any:
+        """Takes the inner optimiser's step, which it may not take by itself; returns what it returns."""
+        self._steps_inner = True
+        try:
+            return self._inner.step() if closure is None else self._inner.step(closure)
+        finally:
+            self._steps_inner = False
+
+    # What the user has written.
+
+    @abstractmethod
+    def broadcast_parameters(self) -> None:
+        """Makes all ranks start anew from rank 0's parameters and buffers; a collective.
+
+        Call it on every rank after weights were written outside a step: by `load_state_dict`, by a reset, by an average
+        that is kept. What the optimiser has gathered, such as momenta and moments, is kept on every rank.
+
+        Raises:
+            ArgumentError: a parameter has another shape or dtype than the optimiser was given, or was replaced.
+            ClosedError: `finish()` was called.
+            MismatchError: shapes or dtypes differ between ranks, or another rank refused.
+        """
+
+    def _broadcast_model(self, error: Exception | None = None) -> None:
+        """Gives all ranks rank 0's parameters and buffers, in place, if all can take them; a collective.
+
+        Args:
+            error: that this rank has found.
+        """
+        name, model = type(self).__name__, self._model
+        state.agree(self._ranks, f"broadcast_parameters of mpidl.{name}", state.describe_model(model), error)
+        state.broadcast_model(self._ranks, model, leaving=self._trained_elsewhere(self._ranks))
+        arrays.mark_tensors_written(model.parameters())
+
+    def _refuse_closed(self, what: str) -> None:
+        runtime.mpi()  # refuses a forked child, which shares the node's memory
+        if self._finished:
+            raise ClosedError(f"{what}: finish() was called on this mpidl.{type(self).__name__}")
+
+    # What every class has, with the meaning that fits it.
+
+    @abstractmethod
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Makes backward inside accumulate this rank's gradients only."""
+
+    @abstractmethod
+    def samples(self, count: int) -> AbstractContextManager[None]:
+        """Says that backward inside is on so many samples of this rank; 0: the gradients inside do not count."""
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clips the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does.
+
+        Args:
+            max_norm: largest 2-norm after clipping.
+
+        Returns:
+            The norm before clipping, of one element.
+        """
+        return torch.nn.utils.clip_grad_norm_([p for _, p in self._held], max_norm)
+
     # Closing.
 
     def finish(self) -> None:
         """Ends training on this rank; a collective, harmless the second time."""
         if self._finished:
             return
+        runtime.refuse_forked()
+        mode = Mode(self._inner, self._held)
+        self._begin_mode(mode)
         self._close()
-        if self._buffers == "mean":
-            state.average_buffers(self._ranks, self._model)
+        error = self._agree_on_state(mode)
         self._ranks.barrier("finish")
         self._ranks.free()
         self._finished = True
+        self._no_step_alone.remove()
+        self._closed()
         exit_protocol.closed(self._token)
+        if error is not None:
+            raise error
+
+    def _begin_mode(self, mode: Mode) -> None:
+        """Puts an optimiser of two modes into train mode, which writes parameters."""
+        mode.begin()
 
     @abstractmethod
     def _close(self) -> None:
@@ -225,3 +350,18 @@ class DistributedOptimizer(torch.optim.Optimizer, ABC):
         """Calls `finish()` after a normal end only: after an exception this rank must not wait for other ranks."""
         if kind is None:
             self.finish()
+
+
+class _NoStepAlone:
+    """The inner optimiser's step hook: refuses a step that no distributed optimiser has begun."""
+
+    def __init__(self, optimizer: DistributedOptimizer) -> None:
+        self._optimizer = ref(optimizer)
+
+    def __call__(self, inner: torch.optim.Optimizer, *_: Any) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and not optimizer._steps_inner:
+            raise ArgumentError(
+                f"step: this {type(inner).__name__} was given to mpidl.{type(optimizer).__name__} and may not step by "
+                "itself, since no other rank would learn of it: call step() of the mpidl optimizer"
+            )

@@ -1,4 +1,4 @@
-"""State that all ranks must hold alike: parameters, buffers, optimiser state; compared, broadcast, averaged.
+"""State that all ranks must hold alike: parameters, buffers, optimiser state; compared and broadcast.
 
 Structures are sent as JSON and raw bytes; no rank unpickles a message.
 """
@@ -6,7 +6,6 @@ Structures are sent as JSON and raw bytes; no rank unpickles a message.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 
 from mpidl.arrays import devices
 from mpidl.arrays import view as arrays
-from mpidl.arrays.view import ArrayView
 from mpidl.errors import ArgumentError, DtypeError, ExtensionError, MismatchError
 from mpidl.mpi import topology
 from mpidl.mpi.agreement import disagreement, fingerprint
 from mpidl.mpi.topology import Topology
+from mpidl.optim import group_values, transport
 
 Named = list[tuple[str, torch.nn.Parameter]]
 _REFUSED = "what a rank refuses"
@@ -70,7 +69,7 @@ def held_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
         if parameter.dtype not in _DTYPES:
             raise DtypeError(f"parameter {name} is {parameter.dtype}; expected a real floating dtype")
     _check_devices(ours)
-    _refuse_sparse(model)
+    _refuse_sparse(model, {id(p) for _, p in ours})
     frozen = [(name, p) for name, p in named if id(p) in held and not p.requires_grad]
     return Held(ours, frozen, [(name, p) for name, p in named if id(p) not in held])
 
@@ -88,9 +87,11 @@ def _check_devices(named: Named) -> None:
                 raise DtypeError(f"parameter {name} is on {view.device}: {error}") from error
 
 
-def _refuse_sparse(model: torch.nn.Module) -> None:
+def _refuse_sparse(model: torch.nn.Module, trained: set[int]) -> None:
     for name, module in model.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
+        if not isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) or not module.sparse:
+            continue
+        if id(module.weight) in trained:  # no gradient of others is exchanged
             raise DtypeError(
                 f"module {name or 'model'} gives sparse gradients, which cannot be reduced: use sparse=False"
             )
@@ -132,10 +133,30 @@ def describe(model: torch.nn.Module, held: Held) -> dict[str, Any]:
     description: dict[str, Any] = {}
     for name, p in model.named_parameters():
         role = role_of[name]
-        description[f"parameter {name}"] = [list(p.shape), dtype_name(p), list(memory_order(p)), role]
+        transport.refuse(f"parameter {name}", p)
+        order = list(memory_order(p)) if p.layout is torch.strided else []
+        description[f"parameter {name}"] = [*_described(p)[:2], order, role]
+    caches = caches_of(model)
     for name, b in model.named_buffers():
-        description[f"buffer {name}"] = [list(b.shape), dtype_name(b)]
+        transport.refuse(f"buffer {name}", b)
+        if name not in caches:
+            description[f"buffer {name}"] = _described(b)
     return description
+
+
+def describe_model(model: torch.nn.Module) -> dict[str, Any]:
+    """Returns each tensor's shape and dtype, which must be alike on all ranks."""
+    named = {"parameter": model.named_parameters(), "buffer": model.named_buffers()}
+    return {
+        f"{what} {name}": [list(tensor.shape), dtype_name(tensor)]
+        for what, tensors in named.items()
+        for name, tensor in tensors
+    }
+
+
+def _described(tensor: torch.Tensor) -> list[Any]:
+    layout = [] if tensor.layout is torch.strided else [str(tensor.layout).removeprefix("torch.")]
+    return [list(tensor.shape), dtype_name(tensor), *layout]
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Any]:
@@ -144,15 +165,67 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module)
     names = {id(p): name for name, p in model.named_parameters()}
     for place, group in enumerate(optimizer.param_groups):
         description[f"order of parameter group {place}"] = [names[id(p)] for p in group["params"]]
-        for key, value in group.items():
-            if key != "params":
-                description[f"{key} of parameter group {place}"] = repr(value)
-    return description
+    return description | group_values.described(optimizer)
 
 
-def broadcast_model(ranks: Topology, model: torch.nn.Module, root: int = 0) -> None:
-    """Copies root's parameters and buffers to every rank, in place; a collective."""
-    _broadcast(ranks, [*model.parameters(), *model.buffers()], root, "broadcast of the model")
+def broadcast_model(
+    ranks: Topology, model: torch.nn.Module, root: int = 0, *, leaving: frozenset[str] = frozenset()
+) -> None:
+    """Copies root's parameters and buffers to every rank, in place; a collective.
+
+    Args:
+        ranks: who takes part.
+        model: the model.
+        root: whose tensors are copied.
+        leaving: names of parameters that stay as they are, alike on all ranks; "parameter weight".
+
+    Sparse buffers are compared only. A buffer that is not in the `state_dict()`, and whose shape or dtype differs
+    between ranks, is each rank's own cache and stays as it is.
+
+    Raises:
+        MismatchError: a sparse buffer differs between ranks.
+    """
+    what = "broadcast of the model"
+    everything: dict[str, torch.Tensor] = {f"parameter {name}": p for name, p in model.named_parameters()}
+    everything |= {f"buffer {name}": b for name, b in model.named_buffers()}
+    caches = {f"buffer {name}": b for name, b in caches_of(model).items()}
+    own = set(differing(ranks, {name: _described(cache) for name, cache in caches.items()}, what))
+    sparse = {name: t for name, t in everything.items() if transport.is_sparse(t) and name not in own}
+    for name in differing(ranks, {name: transport.checksum(t) for name, t in sparse.items()}, what):
+        raise MismatchError(
+            f"{name} is sparse and differs between ranks, and only dense tensors are sent to other ranks: give every "
+            "rank the same one"
+        )
+    left = own | sparse.keys() | leaving
+    dense = [tensor for name, tensor in everything.items() if name not in left]
+    transport.broadcast(ranks, dense, root, what)
+
+
+def caches_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the buffers that are not in the model's `state_dict()` (`persistent=False`), by name."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name in getattr(module, "_non_persistent_buffers_set", ()):
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def differing(ranks: Topology, mine: dict[str, Any], what: str) -> dict[str, list[Any]]:
+    """Returns, for each key whose value differs between ranks, the value of every rank; a collective.
+
+    Args:
+        ranks: all of them call this function.
+        mine: JSON-able values of this rank; a rank without a key counts as None.
+        what: the call that waits, for messages.
+    """
+    payload = json.dumps(mine).encode()
+    if len(set(ranks.gather_bytes(str(fingerprint(payload.decode())).encode(), what))) == 1:
+        return {}
+    everyone = [json.loads(raw) for raw in ranks.gather_bytes(payload, what)]
+    found = {key: [each.get(key) for each in everyone] for each in everyone for key in each}
+    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
 def broadcast_optimizer(ranks: Topology, optimizer: torch.optim.Optimizer, root: int) -> None:
@@ -172,92 +245,25 @@ def broadcast_optimizer(ranks: Topology, optimizer: torch.optim.Optimizer, root:
     agree(ranks, "broadcast of the optimizer's state", {}, error)
     structure = json.loads(_broadcast_bytes(ranks, payload, root))
     take_hyperparameters(optimizer, structure["groups"])
-    tensors = []
+    tensors: list[torch.Tensor] = []
     for position, entries in enumerate(structure["state"]):
         state = optimizer.state[parameters[position]] if entries else {}
         if not entries:
             optimizer.state.pop(parameters[position], None)
-        for key, (dtype, shape, value, on_device) in entries.items():
-            if dtype is None:
-                state[key] = value
-                continue
-            old = state.get(key)
-            if not (isinstance(old, torch.Tensor) and dtype_name(old) == dtype and list(old.shape) == shape):
-                place = parameters[position].device if on_device else "cpu"
-                state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=place)
-            tensors.append(state[key])
-    _broadcast(ranks, tensors, root, "broadcast of the optimizer's state")
+        for key, entry in entries.items():
+            state[key] = _made(entry, state.get(key), parameters[position], tensors)
+    transport.broadcast(ranks, tensors, root, "broadcast of the optimizer's state")
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Returns the hyperparameters of each group that are not tensors."""
-    return [
-        {k: v for k, v in group.items() if k != "params" and not isinstance(v, torch.Tensor)}
-        for group in optimizer.param_groups
-    ]
+    """Returns the hyperparameters of each group as JSON; see `group_values` for those that are left out."""
+    return [group_values.sendable(group) for group in optimizer.param_groups]
 
 
 def take_hyperparameters(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Takes over another rank's `hyperparameters`, sent as JSON, in which tuples have become lists."""
+    """Takes over another rank's `hyperparameters`."""
     for group, values in zip(optimizer.param_groups, groups, strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()})
-
-
-def average_buffers(ranks: Topology, model: torch.nn.Module) -> None:
-    """Makes buffers alike: floating ones become the mean over ranks, others are taken from rank 0; a collective."""
-    floating = [b for b in model.buffers() if b.dtype in _DTYPES]
-    others = [b for b in model.buffers() if b.dtype not in _DTYPES]
-    for buffer in floating:
-        wide = buffer.detach().to(torch.float64 if buffer.dtype == torch.float64 else torch.float32).contiguous()
-        total = torch.empty_like(wide)
-        if wide.numel():
-            sequence = ranks.begin()
-            send, receive = _on_host(wide), _host_for(total)
-            requests = ranks.start_allreduce(send, receive, "sum")
-            topology.wait_all(ranks, requests, "mean of the buffers", sequence, (send, receive, wide, total))
-            _back(receive, total)
-        with torch.no_grad():
-            buffer.copy_(total / ranks.size)
-    _broadcast(ranks, others, 0, "broadcast of the buffers")
-
-
-def _broadcast(ranks: Topology, tensors: Iterable[torch.Tensor], root: int, what: str) -> None:
-    with torch.no_grad():
-        for tensor in tensors:
-            # In logical order: strides of buffers and of optimiser state may differ between ranks.
-            dense = tensor.detach()
-            flat = dense.contiguous()
-            if flat.numel():
-                sequence = ranks.begin()
-                host = _on_host(flat) if ranks.rank == root else _host_for(flat)
-                topology.wait_all(ranks, ranks.start_broadcast(host, root), what, sequence, (host, flat))
-                if ranks.rank != root:
-                    _back(host, flat)
-            if flat is not dense:
-                dense.copy_(flat)
-
-
-def _on_host(tensor: torch.Tensor) -> ArrayView:
-    """Returns a dense tensor's memory if the tensor lies in host memory, or else a copy in host memory."""
-    view = arrays.view(tensor)
-    if view.device == "cpu":
-        return view
-    host, copied = devices.of(view).fetch(view)
-    copied.wait()
-    return host
-
-
-def _host_for(tensor: torch.Tensor) -> ArrayView:
-    """Returns host memory to receive a dense tensor's elements: the tensor's own memory, if that is host memory."""
-    view = arrays.view(tensor)
-    return view if view.device == "cpu" else devices.of(view).like(view, view.shape)
-
-
-def _back(host: ArrayView, tensor: torch.Tensor) -> None:
-    """Copies elements received in `_host_for(tensor)` into the tensor, in the order of its device's stream."""
-    view = arrays.view(tensor)
-    if view.device != "cpu":
-        devices.of(view).deliver(host, view)
+        group_values.take(group, values)
 
 
 def _broadcast_bytes(ranks: Topology, payload: bytes, root: int) -> bytes:
@@ -272,18 +278,35 @@ def _broadcast_bytes(ranks: Topology, payload: bytes, root: int) -> bytes:
 
 
 def _structure(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> dict[str, Any]:
-    """Returns {"groups": [hyperparameters], "state": [{key: [dtype, shape, value, whether it lies on the
-    parameter's device]}]}, state in parameter order."""
-    state = []
-    for parameter in parameters:
-        entries: dict[str, Any] = {}
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                on_device = value.device == parameter.device  # a count of steps mostly lies on the cpu
-                entries[key] = [dtype_name(value), list(value.shape), None, on_device]
-            elif value is None or isinstance(value, bool | int | float | str):
-                entries[key] = [None, None, value, False]
-            else:
-                raise DtypeError(f"optimizer state {key!r} is a {type(value).__name__}; expected a tensor or a number")
-        state.append(entries)
+    """Returns {"groups": [hyperparameters], "state": [{key: entry}]}, the state in the order of the parameters."""
+    state = [
+        {key: _entry(key, value, parameter) for key, value in optimizer.state.get(parameter, {}).items()}
+        for parameter in parameters
+    ]
     return {"groups": hyperparameters(optimizer), "state": state}
+
+
+def _entry(key: str, value: Any, parameter: torch.Tensor) -> list[Any]:
+    """Returns [dtype, shape, value, whether it lies on the parameter's device]; of a list (LBFGS) [None, entries]."""
+    if isinstance(value, torch.Tensor):
+        on_device = value.device == parameter.device  # a count of steps mostly lies on the cpu
+        return [dtype_name(value), list(value.shape), None, on_device]
+    if value is None or isinstance(value, bool | int | float | str):
+        return [None, None, value, False]
+    if isinstance(value, list):
+        return [None, [_entry(key, item, parameter) for item in value]]
+    raise DtypeError(f"optimizer state {key!r} is a {type(value).__name__}; expected a tensor or a number")
+
+
+def _made(entry: list[Any], old: Any, parameter: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
+    """Returns the value of an entry; a tensor is added to those whose elements root sends."""
+    if len(entry) == 2:
+        before = old if isinstance(old, list) and len(old) == len(entry[1]) else [None] * len(entry[1])
+        return [_made(item, one, parameter, tensors) for item, one in zip(entry[1], before, strict=True)]
+    dtype, shape, value, on_device = entry
+    if dtype is None:
+        return value
+    if not (isinstance(old, torch.Tensor) and dtype_name(old) == dtype and list(old.shape) == shape):
+        old = torch.zeros(shape, dtype=getattr(torch, dtype), device=parameter.device if on_device else "cpu")
+    tensors.append(old)
+    return old

@@ -9,6 +9,7 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeInt, PositiveFloat, PositiveInt, given
 from mpidl.parameter_server.worker.locked import LockedWorker
 
@@ -25,7 +26,8 @@ class ADAG(LockedWorker):
     Args:
         optimizer: takes the local steps; any torch optimiser, holding parameters of `model` only. Its state stays with
             this worker.
-        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            The center starts from them.
         communication_window: local steps per exchange, 1 or more; 5 by default.
         gamma: squared distance of an element at which half of its move is taken, above 0; 1e-4 by default, as in the
             thesis, which finds no rule for it.
@@ -44,7 +46,7 @@ class ADAG(LockedWorker):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 5,
         gamma: PositiveFloat = 1e-4,

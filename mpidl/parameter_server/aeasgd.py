@@ -11,6 +11,7 @@ import torch
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeInt, PositiveFloat, PositiveInt, given
 from mpidl.parameter_server.worker.locked import LockedWorker
 
@@ -26,7 +27,8 @@ class AEASGD(LockedWorker):
     Args:
         optimizer: takes the local steps; any torch optimiser, holding parameters of `model` only. Its state stays with
             this worker.
-        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            The center starts from them.
         communication_window: local steps per exchange, 1 or more; 10 by default, as in the paper.
         beta: the elastic rate alpha is beta / workers, as in the paper; above 0; 0.9 by default.
         rho: with `learning_rate`: alpha is rho * learning_rate, whatever the number of workers, as in dist-keras (5 and
@@ -49,7 +51,7 @@ class AEASGD(LockedWorker):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 10,
         beta: PositiveFloat = 0.9,
@@ -84,7 +86,7 @@ class AEASGD(LockedWorker):
         self._take_step()
 
     def _take_step(self) -> None:
-        self._inner.step()
+        self._step_inner()
 
     def _exchange_if_due(self) -> None:
         """Nothing: it comes with the next step, or with `finish()`."""

@@ -10,6 +10,7 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeFloat, NonNegativeInt, PositiveInt, given
 from mpidl.parameter_server.worker import sgd
 from mpidl.parameter_server.worker.locked import LockedWorker
@@ -27,7 +28,8 @@ class DCASGD(LockedWorker):
     Args:
         optimizer: a torch.optim.SGD without dampening and nesterov, holding parameters of `model` only; its lr and
             momentum are those of the rule.
-        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            The center starts from them.
         communication_window: local steps per exchange, 1 or more; 1 by default, as in the paper.
         lambda_: strength of the correction, 0 or more; 0.04 by default, as in MXNet's code.
         max_clock_spread: exchanges that a worker may be ahead of the slowest one (SSP); None, the default: any number.
@@ -48,7 +50,7 @@ class DCASGD(LockedWorker):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 1,
         lambda_: NonNegativeFloat = 0.04,
@@ -64,7 +66,7 @@ class DCASGD(LockedWorker):
     def _local_step(self) -> None:
         """Moves by -eta g; the momentum comes in when the gradient has been corrected."""
         with sgd.stepping_with(self._inner, momentum=0.0):
-            self._inner.step()
+            self._step_inner()
 
     def _prepare(self, reached: Flat) -> None:
         self._move = reached - self._start  # -eta g

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from mpidl.collectives.communicator import Communicator
+from mpidl.errors import ArgumentError
 from mpidl.optim import flat
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeInt, PositiveFloat, PositiveInt, given
+from mpidl.optim.written import WriteCheck
 from mpidl.parameter_server.center.center import Requirements
 from mpidl.parameter_server.worker import overlap as overlapping
 from mpidl.parameter_server.worker import sgd
@@ -33,7 +36,8 @@ class DistBelief(Worker):
 
     Args:
         optimizer: a torch.optim.SGD, holding parameters of `model` only; takes the local steps.
-        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            The center starts from them.
         communication_window: local steps per push and per fetch, 1 or more; 1 by default, as in the paper's
             experiments.
         n_push: local steps per push, 1 or more; None, the default: `communication_window`.
@@ -63,7 +67,7 @@ class DistBelief(Worker):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 1,
         n_push: PositiveInt | None = None,
@@ -80,8 +84,11 @@ class DistBelief(Worker):
         super().__init__(optimizer, model, **given(locals()))
         self._accrued = np.zeros_like(self._start)
         self._since_fetch = 0  # local steps
+        self._noted = self._inner.register_step_post_hook(_NoteStep(self._writes))
+        hooks: Any = self._inner._optimizer_step_post_hooks
+        hooks.move_to_end(self._noted.id, last=False)  # before the user's, which may write
         clock, look, first = self._center.clock, self._center.look, self._ranks.rank == 0
-        self._warm = WarmStart(warm_start, model, clock, look, self._pull, leads=first)
+        self._warm = WarmStart(warm_start, self._model, clock, look, self._begin_warm, leads=first)
 
     def _describe(self) -> dict[str, Any]:
         overlapping.check(self._hyperparameters["overlap"], "n_fetch", self._n_fetch, self._spread)
@@ -90,7 +97,12 @@ class DistBelief(Worker):
     def _local_step(self) -> None:
         self._warm.join()  # a model whose forward was not called did not wait there
         self._accrued += self._gradients()
-        self._inner.step()
+        self._step_inner()
+        if self._writes.check():
+            raise ArgumentError(
+                f"parameter {self._writes.written()[0]} was written in a step hook, and the center of mpidl.DistBelief "
+                "would not learn of it, which gets gradients: take a class that commits moves, such as mpidl.Downpour"
+            )
         self._since_fetch += 1
 
     def _exchange_if_due(self) -> None:
@@ -130,6 +142,16 @@ class DistBelief(Worker):
         delta *= -self._gamma
         exchange.commit(delta)
 
+    def _start_anew(self, values: Flat) -> None:
+        self._accrued[:] = 0
+        self._since_fetch = 0
+        super()._start_anew(values)
+
+    def _begin_warm(self) -> None:
+        """Begins from the center after the warm start of another worker."""
+        self._refuse_written()
+        self._pull()
+
     def _pull(self) -> tuple[int, Flat]:
         self._since_fetch = 0
         return super()._pull()
@@ -166,3 +188,14 @@ class DistBelief(Worker):
     def _close(self) -> None:
         self._warm.end()
         super()._close()
+        self._noted.remove()
+
+
+class _NoteStep:
+    """The inner optimiser's step hook: parameters are now what the step has made of them."""
+
+    def __init__(self, writes: WriteCheck) -> None:
+        self._writes = writes
+
+    def __call__(self, *_: Any) -> None:
+        self._writes.note()

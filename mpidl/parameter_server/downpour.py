@@ -17,7 +17,8 @@ class Downpour(DeltaWorker):
     Args:
         optimizer: takes the local steps; any torch optimiser, holding parameters of `model` only. Its state stays with
             this worker.
-        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            The center starts from them.
         communication_window: local steps per exchange, 1 or more; 5 by default, as in dist-keras.
         overlap: local steps during which a thread makes the exchange, at most `communication_window`; 0, the default:
             the worker waits for its exchange. Needs an MPI with threads (THREAD_MULTIPLE).

@@ -23,7 +23,8 @@ class EAMSGD(AEASGD):
     Args:
         optimizer: a torch.optim.SGD without dampening, holding parameters of `model` only; its lr and momentum are eta
             and delta. Nesterov's form is used whether its flag is set or not.
-        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            The center starts from them.
         communication_window: local steps per exchange, 1 or more; 10 by default, as in the paper.
         beta: the elastic rate alpha is beta / workers, as in the paper; above 0; 0.9 by default.
         rho: with `learning_rate`: alpha is rho * learning_rate, whatever the number of workers, as in dist-keras (5 and
@@ -47,7 +48,7 @@ class EAMSGD(AEASGD):
 
     def _take_step(self) -> None:
         with sgd.stepping_with(self._inner, nesterov=True):
-            self._inner.step()
+            self._step_inner()
 
     def _reached(self) -> Flat:
         """Returns x, which lies behind the model's parameters by delta v = -delta * eta * buffer."""

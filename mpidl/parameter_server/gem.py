@@ -10,6 +10,7 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeInt, PositiveFloat, PositiveInt, given
 from mpidl.parameter_server.worker import sgd
 from mpidl.parameter_server.worker.base import Worker
@@ -31,7 +32,8 @@ class GEM(Worker):
     Args:
         optimizer: a torch.optim.SGD without dampening and nesterov, holding parameters of `model` only; its lr and
             momentum are eta and mu.
-        model: its parameters and buffers are broadcast from rank 0, in place; the center starts from them.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            The center starts from them.
         communication_window: local steps per exchange, 1 or more; 1 by default, as in the paper.
         kappa: amplifies the worker's momentum, above 0; 1 by default; the paper calls 1 to 2 good, 4 divergent.
         epsilon: keeps the ratio finite where nothing moves, above 0; 1e-12 by default.
@@ -53,7 +55,7 @@ class GEM(Worker):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 1,
         kappa: PositiveFloat = 1.0,
@@ -69,7 +71,7 @@ class GEM(Worker):
 
     def _local_step(self) -> None:
         with sgd.stepping_with(self._inner, momentum=0.0):
-            self._inner.step()
+            self._step_inner()
 
     def _contribution(self, *, overlapped: bool) -> Flat:
         """Returns Delta."""
@@ -107,6 +109,10 @@ class GEM(Worker):
     def _begin_from(self, center: Flat) -> None:
         self._start_from(center)
         self._read = center
+
+    def _start_anew(self, values: Flat) -> None:
+        self._read = values.copy()
+        super()._start_anew(values)
 
     def _pull(self) -> tuple[int, Flat]:
         clock, self._read = super()._pull()

@@ -9,24 +9,30 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 
 from mpidl.collectives import Collectives
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError, ClosedError
 from mpidl.native import environment
-from mpidl.optim import state
-from mpidl.optim.optimizer import DistributedOptimizer
+from mpidl.optim import closures, models, sample_counts, state
+from mpidl.optim.module_calls import ModuleCalls
+from mpidl.optim.signature import Signature
+from mpidl.synchronous.drift import Drift
+from mpidl.synchronous.mean_loss import MeanLoss
+from mpidl.synchronous.reduction.after_forward import after_forward
+from mpidl.synchronous.reduction.header import BROADCASTING, EVALUATING, Header
 from mpidl.synchronous.reduction.reducer import Reducer
 from mpidl.synchronous.reduction.statistics import Statistics
+from mpidl.synchronous.replicas import Replicas
 from mpidl.synchronous.sharded import state as sharded_state
 from mpidl.synchronous.sharded.step import Sharded
 
 
-class Synchronous(DistributedOptimizer):
+class Synchronous(Replicas):
     """Averages the gradients of all ranks during backward, for any torch optimiser (synchronous SGD).
 
     After `backward()` each parameter's `grad` is the mean of all ranks' gradients, so that clipping, logging,
@@ -40,8 +46,8 @@ class Synchronous(DistributedOptimizer):
     Args:
         optimizer: holds parameters of `model` only; alike on all ranks, hyperparameters too. Rank 0's state is
             broadcast.
-        model: its parameters and buffers are broadcast from rank 0, in place. Backward must run on the output of a call
-            of this module, or reach the module's parameters directly.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
+            Backward must run on the output of a call of a module, or reach the parameters directly.
         comm: communicator of the ranks that train together; default `mpidl.world()`.
         bucket_cap_mb: largest size in MiB, above 0, of a bucket of gradients, which are reduced during backward.
         wire_dtype: torch.bfloat16: float32 gradients are sent between nodes in that dtype and summed in float32, in
@@ -63,7 +69,7 @@ class Synchronous(DistributedOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: models.Model,
         *,
         comm: Communicator | None = None,
         bucket_cap_mb: float = 25,
@@ -83,19 +89,28 @@ class Synchronous(DistributedOptimizer):
         if shard not in (True, False):
             error = ArgumentError(f"shard={shard!r}; expected True or False")
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
-        self._forward_hook = model.register_forward_hook(_AfterForward(self._reducer))
+        if shard:
+            self._no_step_alone.remove()  # the optimiser of pieces has a hook of its own
+        after = partial(after_forward, self._reducer)
+        self._calls = [ModuleCalls(module, after=after) for module in models.called(self._model)]
 
     def _broadcast(self) -> None:
         super()._broadcast()
         state.broadcast_optimizer(self._ranks, self._inner, 0)
         nbytes = max(1, int(self._bucket_cap_mb * 2**20))
         collectives = Collectives(self._ranks, wire_dtype=self._wire_dtype, progress_thread=self._ranks.spares_cores())
+        signature = Signature(self._inner, self._model, self._held, self._frozen, fixed=bool(self._shard))
+        seen: dict[str, Any] = {"signature": signature, "modules": list(self._model.modules())}
         if self._shard:
             self._sharded = Sharded(collectives, self._inner, self._model, self._held, nbytes)
-            self._reducer = self._sharded.reducer(self._held, nbytes, self.statistics)
+            self._reducer = self._sharded.reducer(self._held, nbytes, self.statistics, **seen)
             self._release = weakref.finalize(self, self._sharded.release)  # if finish() never comes
         else:
-            self._reducer = Reducer(collectives, self._held, nbytes, self.statistics)
+            self._reducer = Reducer(collectives, self._held, nbytes, self.statistics, **seen)
+        inner = self._inner  # not self: the model's hook holds the reducer, and must not keep this optimiser alive
+        self._drift = Drift(self._ranks, self._held, lambda: inner.param_groups)
+        self._reducer.watch(self._drift)
+        self._mean_loss = MeanLoss(self._reducer, self._ranks, needed=isinstance(self._inner, torch.optim.LBFGS))
 
     def _describe(self) -> dict[str, Any]:
         own = {"bucket_cap_mb": self._bucket_cap_mb, "buffers": self._buffers, "shard": self._shard}
@@ -105,39 +120,76 @@ class Synchronous(DistributedOptimizer):
             sharded_state.refuse(self._inner, self._held)
         return own | state.describe_optimizer(self._inner, self._model)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Takes the inner optimiser's step on the mean gradients; with `shard` a collective.
 
+        Gradients that no backward has reduced are reduced first, as `reduce` does: those that were accumulated under
+        `no_sync` only, and those that the program has set, such as the ones of `torch.autograd.grad`. A parameter whose
+        gradient a backward has reduced since the last step keeps the gradient that it has now, clipped or replaced.
+
+        Args:
+            closure: zeroes gradients, runs forward and backward, and returns the loss. LBFGS, and optimisers that are
+                not torch's, may evaluate it several times and decide by the loss: it is then the mean over all ranks.
+
+        Returns:
+            The loss that the closure returned.
+
         Raises:
-            ArgumentError: a closure was given, or gradients were accumulated under `no_sync` only.
+            ArgumentError: LBFGS got no loss, or the model has changed in a way that cannot be followed.
             ClosedError: `finish()` was called, or a backward was interrupted half-way.
+            MismatchError: the ranks have come apart: only some set gradients, or changed the model.
         """
         self._refuse(closure)
-        self._reducer.check_steppable()
+        for calls in self._calls:
+            calls.watch()
+        loss = None
+        if closure is None:
+            self._reducer.reduce_missing("step")
+        elif self._sharded is not None:
+            loss = self._evaluated(closure)
         if self._sharded is None:
-            self._inner.step()
+            loss = self._step_inner(closure if closure is None else partial(self._evaluated, closure))
         else:
             self._sharded.step()
+        self._reducer.note_step()
         self.statistics.steps += 1
+        self._drift.after_step(self.statistics.steps)
+        return loss
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        """False; refused with `shard`, since GradScaler, which asks for this first, would find no gradients."""
-        if self._sharded is not None:
-            raise ArgumentError(
-                "GradScaler cannot see the gradients of shard=True: train in bfloat16, or without shard"
-            )
-        return False
+    def _evaluated(self, closure: closures.Closure) -> Any:
+        """Returns the loss of a closure whose gradients have been reduced."""
+        if not closures.evaluates_once(self._inner):
+            return self._mean_loss.evaluated(closure)
+        loss = closures.evaluated(closure)
+        self._reducer.reduce_missing("step")
+        return loss
+
+    def reduce(self) -> None:
+        """Makes the gradients that no backward has reduced the mean over all ranks; a collective, before `step()`.
+
+        `step()` does so by itself. Call `reduce` first where something reads or clips gradients that the program has
+        set: those of `torch.autograd.grad`, of `torch.func.grad`, of another model or of no model. They are weighed
+        like others: by the last `samples` since the last step. Gradients that a backward has reduced stay as they are.
+
+        Raises:
+            ClosedError: `finish()` was called, or a backward was interrupted half-way.
+            DtypeError: some rank's gradient of a parameter is sparse, or has not its parameter's dtype.
+            MismatchError: the ranks have come apart, or their models differ.
+        """
+        if self._finished:
+            raise ClosedError("reduce: finish() was called on this mpidl.Synchronous")
+        self._reducer.reduce()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Calls `zero_grad` of the inner optimiser.
 
         Args:
-            set_to_none: whether gradients become None; False: zeros. With `shard` gradients always become None.
+            set_to_none: whether gradients become None; False: zeros.
         """
-        if self._sharded is not None:
+        if self._sharded is not None and set_to_none:
             self._sharded.zero_grad()
-        super().zero_grad(set_to_none or self._sharded is not None)
+        super().zero_grad(set_to_none)
+        self._reducer.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the optimiser's state in torch's form; with `shard` that of this rank's pieces."""
@@ -173,7 +225,10 @@ class Synchronous(DistributedOptimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Makes backward inside accumulate this rank's gradients only; the next backward outside reduces their sum."""
+        """Makes backward inside accumulate this rank's gradients only; the next backward outside reduces their sum.
+
+        If no backward outside follows, `step()` reduces it.
+        """
         before, self._reducer.synchronising = self._reducer.synchronising, False
         try:
             yield
@@ -192,9 +247,9 @@ class Synchronous(DistributedOptimizer):
         Raises:
             ArgumentError: `count` is not a whole number, 0 or more.
         """
-        if not isinstance(count, int) or count < 0:
-            raise ArgumentError(f"samples({count!r}): expected a whole number of samples, 0 or more")
+        sample_counts.refuse(count)
         before, self._reducer.samples = self._reducer.samples, count
+        self._reducer.unspent = count
         try:
             yield
         finally:
@@ -203,7 +258,8 @@ class Synchronous(DistributedOptimizer):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clips the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does.
 
-        With `shard` a collective, whose norm equals torch's up to round-off.
+        Gradients that no backward has reduced are reduced first, as in `step()`. With `shard` a collective, whose norm
+        equals torch's up to round-off.
 
         Args:
             max_norm: largest 2-norm after clipping.
@@ -211,10 +267,10 @@ class Synchronous(DistributedOptimizer):
         Returns:
             The norm before clipping, of one element.
         """
-        if self._sharded is not None:
-            self._reducer.check_steppable()
-            return self._sharded.clip_grad_norm_(max_norm)
-        return torch.nn.utils.clip_grad_norm_([p for _, p in self._held], max_norm)
+        self._reducer.reduce_missing("clip_grad_norm_")
+        if self._sharded is None:
+            return super().clip_grad_norm_(max_norm)
+        return self._sharded.clip_grad_norm_(max_norm)
 
     def request_stop(self) -> None:
         """Notes this rank's wish to stop; after the next backward `stopping` is True on every rank."""
@@ -256,36 +312,49 @@ class Synchronous(DistributedOptimizer):
         """
         super().finish()
 
+    def broadcast_parameters(self) -> None:
+        """Makes all ranks start anew from rank 0's parameters and buffers; a collective.
+
+        Call it on every rank after weights were written outside a step, by `load_state_dict` or a reset. The
+        optimiser's state is kept, and so are gradients. With `shard` the ranks of a node write one memory: all of them
+        must have written the same before the call.
+
+        Raises:
+            ArgumentError: with `shard`: a parameter has left the memory that the ranks share.
+            ClosedError: `finish()` was called, or a backward was interrupted half-way.
+            MismatchError: shapes or dtypes differ between ranks, or the other ranks do something else.
+        """
+        self._refuse_closed("broadcast_parameters")
+        self._reducer.check_whole("broadcast_parameters")
+        if self._sharded is not None:
+            self._sharded.weights.note_written()
+        self._reducer.announce(BROADCASTING)
+        self._broadcast_now()
+
+    def _broadcast_now(self) -> None:
+        """Does this rank's part of `broadcast_parameters`."""
+        if self._sharded is None:
+            self._broadcast_model()
+        else:
+            with self._sharded.weights.own_memory():
+                self._broadcast_model()
+
+    def _answer(self, header: Header) -> None:
+        """Does this rank's part of what the other ranks do, while this rank is in `finish()`."""
+        if header.doing == BROADCASTING:
+            self._broadcast_now()
+        elif header.doing == EVALUATING:
+            self._mean_loss.answer()
+        else:
+            super()._answer(header)
+
     def _close(self) -> None:
         self._reducer.check_whole("finish")
-        self._reducer.join(None if self._sharded is None else self._sharded.answer)
+        self._reducer.join(self._answer)
+        self._drift.close()
         if self._sharded is not None:
             self._release()
             self._sharded.free()
-        elif self._reducer.uneven is not None:
-            state.broadcast_model(self._ranks, self._model, self._reducer.uneven)
-            state.broadcast_optimizer(self._ranks, self._inner, self._reducer.uneven)
         self._reducer.close()
-        self._forward_hook.remove()
-
-
-class _AfterForward:
-    """The model's forward hook: makes the backward of each output end with the reduction.
-
-    In a copy or a pickle of the model the hook does nothing, so that the model is not tied to this process.
-    """
-
-    def __init__(self, reducer: Reducer | None = None) -> None:
-        self._reducer = reducer
-
-    def __reduce__(self) -> tuple[type[_AfterForward], tuple[()]]:
-        return _AfterForward, ()
-
-    def __call__(self, model: torch.nn.Module, inputs: Any, output: Any) -> None:
-        reducer = self._reducer
-        if reducer is None or not torch.is_grad_enabled():
-            return
-        reducer.before_forward()
-        for leaf in _pytree.tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
-                leaf.register_hook(lambda _: reducer.before_backward())  # type: ignore[no-untyped-call]
+        for calls in self._calls:
+            calls.remove()

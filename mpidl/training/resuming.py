@@ -253,6 +253,7 @@ def _restore_rank(origin: Origin, snapshot: Snapshot, training: Mapping[str, Any
         with torch.no_grad():
             for name, value in local["buffers"].items():
                 buffers[name].copy_(value)
+        snapshot.strategy.optimizer._model_state.forget_counts()
         restore_random_state(local["random"])
     else:
         seed_all(seed_for(snapshot.settings.seed, rank, origin.done.steps))

@@ -19,7 +19,6 @@ import torch
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import ArgumentError
 from mpidl.mpi import exit_protocol
-from mpidl.optim import state
 from mpidl.training.checkpoint import Draft, Entry, Store, encode, encode_tensors
 from mpidl.training.data import Position
 from mpidl.training.refusal import RefusedError, everywhere
@@ -130,7 +129,7 @@ class SynchronousSaver:
         """Writes every rank's files; returns the samples of all ranks and what the manifest says of all files."""
         snapshot, comm = self._snapshot, self._snapshot.comm
         local, training = snapshot.local(), snapshot.optimizer()
-        state.average_buffers(comm.topology, snapshot.model)  # in the model that is saved, as at `finish()`
+        snapshot.strategy.optimizer._average_buffers(comm.topology)  # in the model that is saved, as at `finish()`
         try:
             mine = everywhere(comm, lambda: _refusing(lambda: self._files(draft, local, training)))
         finally:

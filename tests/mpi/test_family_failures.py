@@ -74,10 +74,11 @@ def test_an_elastic_exchange_that_is_not_one_step_diverges(world_comm, monkeypat
     def together():
         model = Bowl(np.arange(1.0, 4.0) * (1 + comm.rank))
         optimizer = mpidl.AEASGD(sgd(model, 0.1), model, communication_window=1, rho=5.0, learning_rate=0.16, comm=comm)
-        with torch.no_grad():
-            model.weight.mul_(1 + comm.rank)  # not all the same distance from the center
+        # Not all the same distance from the center: moved within the first step, as a projection is.
+        hook = optimizer.register_step_post_hook(lambda *_: model.weight.data.mul_(1 + comm.rank))
         for _ in range(40):
             one_step(model, optimizer)
+            hook.remove()
             comm.barrier()
         return ended(comm, optimizer)
 

@@ -69,13 +69,15 @@ class TestEveryOptimizer:
         model = mlp()
         wrong = comm.rank == comm.size - 1
         expected = mpidl.ArgumentError if wrong else mpidl.MismatchError
-        with pytest.raises(expected, match="model is a list; expected a torch"):
-            CLASSES[name](sgd(model), [model] if wrong else model, comm=comm)
+        with pytest.raises(expected, match="model is a dict; expected a torch"):
+            CLASSES[name](sgd(model), {"net": model} if wrong else model, comm=comm)
         with pytest.raises(mpidl.DtypeError, match=r"comm is a int; expected an mpidl\.Communicator"):
             CLASSES[name](sgd(model), model, comm=comm.size)
 
     def test_parameters_that_thaw_after_the_constructor(self, comm, name):
         """Trained on every rank by itself, they would drift apart without a word."""
+        if name == "Synchronous":
+            return  # whose backward refuses it, on every rank: test_model_changes
         model = mlp()
         model[0].requires_grad_(False)
         optimizer = CLASSES[name](sgd(model), model, comm=comm)
@@ -84,6 +86,7 @@ class TestEveryOptimizer:
         with pytest.raises(mpidl.ArgumentError, match=r"2 parameter\(s\) were frozen.*0\.weight, 0\.bias"):
             optimizer.step()
         model[0].requires_grad_(False)
+        model[0].zero_grad()  # a gradient of this rank alone, with which the step would make the ranks drift apart
         optimizer.step()
         optimizer.finish()
 
@@ -95,8 +98,8 @@ class TestEveryOptimizer:
     def test_closure_groups_pickle_and_use_after_finish(self, comm, name):
         model = mlp()
         optimizer = CLASSES[name](sgd(model), model, comm=comm)
-        with pytest.raises(mpidl.ArgumentError, match="closure"):
-            optimizer.step(lambda: 0.0)
+        with pytest.raises(mpidl.ArgumentError, match="expected a closure"):
+            optimizer.step(torch.zeros(()))
         with pytest.raises(mpidl.ArgumentError, match="add_param_group"):
             optimizer.add_param_group({"params": []})
         with pytest.raises(TypeError, match="state_dict"):
@@ -151,18 +154,6 @@ def test_sparse_gradient_of_an_unknown_module(comm):
         model(torch.tensor([1])).sum().backward()
 
 
-def test_steps_on_gradients_that_were_never_reduced(comm):
-    model = mlp()
-    optimizer = mpidl.Synchronous(sgd(model), model, comm=comm)
-    with optimizer.no_sync():
-        loss_of(model, batch(comm.rank, 0)).backward()
-    with pytest.raises(mpidl.ArgumentError, match="no_sync"):
-        optimizer.step()
-    loss_of(model, batch(comm.rank, 0)).backward()
-    optimizer.step()
-    optimizer.finish()
-
-
 def test_samples_on_some_ranks_only_or_nowhere(comm):
     model = mlp()
     optimizer = mpidl.Synchronous(sgd(model), model, comm=comm)
@@ -180,7 +171,7 @@ def test_samples_on_some_ranks_only_or_nowhere(comm):
                     loss_of(other, batch(comm.rank, 0)).backward()
             else:
                 loss_of(other, batch(comm.rank, 0)).backward()
-        with pytest.raises(mpidl.ClosedError, match="interrupted"):
+        with pytest.raises(mpidl.ClosedError, match="ended with an error"):
             second.step()
     abandon(second)
 
@@ -193,9 +184,9 @@ def test_ranks_that_have_come_apart(comm):
     optimizer = mpidl.Synchronous(sgd(model), model, comm=comm)
     loss_of(model, batch(comm.rank, 0)).backward()
     optimizer.step()
-    if comm.rank == 1:
-        optimizer.step()
-    with pytest.raises(mpidl.MismatchError, match=r"come apart.*rank 1: 2 optimizer steps"):
+    with pytest.raises(mpidl.MismatchError, match=r"come apart.*rank 1: step or reduce without a new gradient"):
+        if comm.rank == 1:
+            optimizer.step()
         loss_of(model, batch(comm.rank, 1)).backward()
     abandon(optimizer)
 

@@ -105,12 +105,12 @@ model = torch.nn.Linear(2, 1)
 with mpidl.Synchronous(torch.optim.SGD(model.parameters(), lr=0.1), model) as optimizer:
     for _ in range(3):
         optimizer.zero_grad()
-        model(torch.ones(4, 2)).mean().backward()
+        model(torch.ones(4, 2) + comm.rank).mean().backward()
         optimizer.step()
 with mpidl.Downpour(torch.optim.SGD(model.parameters(), lr=0.1), model) as optimizer:
     for _ in range(7):
         optimizer.zero_grad()
-        model(torch.ones(4, 2)).mean().backward()
+        model(torch.ones(4, 2) + comm.rank).mean().backward()
         optimizer.step()
 if comm.rank == 0:
     own.node.barrier() if own.node.size == 1 else None

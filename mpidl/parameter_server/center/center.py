@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ from mpidl.parameter_server.center.clock import Clock
 from mpidl.parameter_server.center.node_array import NodeArray
 from mpidl.parameter_server.center.progress_thread import Progress, start_progress
 from mpidl.parameter_server.center.remote_array import RemoteArray
-from mpidl.parameter_server.center.sharding import Shard, shard
+from mpidl.parameter_server.center.sharding import shard
 from mpidl.parameter_server.center.ticket_lock import Locks
 
 Exchanged = tuple[int, int]
@@ -76,6 +76,7 @@ class Center:
         # Workers begin with different shards and go on to the right, so that they spread over the owners.
         first = ranks.rank % len(shards)
         self._order = shards[first:] + shards[:first]
+        self._mine = shards[ranks.rank :: ranks.size]  # to write where all workers know the values
         clock = Clock.plan(name, size, owners.start, ranks.size)
         everyone = servers.whole if servers is not None else ranks
         if protocol is None:
@@ -98,12 +99,13 @@ class Center:
         self._held = center.counts[self._ranks.rank] > 0 or self._ranks.rank == owners.start
         self._progress: Progress | None = None
         self.start_progress()
-        self._write(initial, shards[ranks.rank :: ranks.size])  # all workers know the values and share the writing
+        self._write(initial)
         ranks.barrier(f"opening the center of {name}")  # no commit may come before its elements were written
 
-    def _write(self, initial: Flat, parts: Sequence[Shard]) -> None:
-        for part in parts:
-            self._center.write(part, initial[part.start : part.start + part.count])
+    def _write(self, values: Flat) -> None:
+        """Gives the center its values; all workers know them and share the writing."""
+        for part in self._mine:
+            self._center.write(part, values[part.start : part.start + part.count])
         self._center.flush()
 
     def _serve_messages(self) -> MessageServer | None:
@@ -219,6 +221,11 @@ class Center:
             self._sums.add(sums)
             self._sums.flush()
         self.clock.advance(clock)
+
+    def overwrite(self, values: Flat) -> None:
+        """Gives the center other values, alike on all workers; a collective, while no exchange is under way."""
+        self._write(values)
+        self._workers.barrier(f"overwriting the center of {self._name}")
 
     def look(self) -> None:
         """Looks for ranks that have died; between exchanges nothing else would tell.

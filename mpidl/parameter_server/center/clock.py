@@ -97,6 +97,12 @@ class Clock:
         self._count(0, _GONE)
         self._count(1, _GONE)
 
+    def join(self) -> None:
+        """Counts this worker's exchanges from 0 again, also if it has left."""
+        for kind in (0, 1):
+            place = _COUNTERS + kind * self._workers + self._rank
+            self._window.fetch_add(self._home, place, -self._window.fetch_add(self._home, place, 0))
+
     def fewest_committed(self) -> int:
         """Returns the number of `committed` exchanges of the slowest worker that has not left."""
         return self._fewest(0)

@@ -16,10 +16,11 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.errors import RankFailedError
-from mpidl.mpi import exit_protocol
-from mpidl.optim import flat, validation
+from mpidl.mpi import exit_protocol, runtime
+from mpidl.optim import closures, flat, state, validation
 from mpidl.optim.flat import Flat
-from mpidl.optim.flat_parameters import FlatParameters
+from mpidl.optim.local_steps import LocalSteps
+from mpidl.optim.models import Model
 from mpidl.parameter_server.center.center import Center, Requirements
 from mpidl.parameter_server.worker import replay
 from mpidl.parameter_server.worker.exchange import Client, Exchange
@@ -27,7 +28,7 @@ from mpidl.parameter_server.worker.overlap import Overlap
 from mpidl.parameter_server.worker.statistics import Statistics
 
 
-class Worker(FlatParameters):
+class Worker(LocalSteps):
     """Base of the asynchronous optimisers.
 
     The inner optimiser's state (momentum, moments) is this worker's own and is kept across pulls. A subclass declares
@@ -48,7 +49,7 @@ class Worker(FlatParameters):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: int,
         max_clock_spread: int | None,
@@ -63,6 +64,7 @@ class Worker(FlatParameters):
         error = validation.problem(type(self), self._hyperparameters)
         if error is None and self._sgd_without is not None:
             error = validation.plain_sgd(optimizer, name, unused=self._sgd_without)
+        error = error or closures.curvature_problem(optimizer, name)
         super().__init__(optimizer, model, comm=comm, buffers=buffers, error=error)
         self.statistics = Statistics()
         self._lay_out()
@@ -90,7 +92,7 @@ class Worker(FlatParameters):
 
     def _local_step(self) -> None:
         """Moves the local parameters by this step's gradients."""
-        self._inner.step()
+        self._step_inner()
 
     def _exchange_if_due(self) -> None:
         """Exchanges if enough local steps were taken."""
@@ -134,11 +136,19 @@ class Worker(FlatParameters):
 
     # What the user calls.
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Takes a local step; after `communication_window` of them, exchanges with the center.
 
+        A step of 0 samples (`samples(0)`) moves nothing and does not count.
+
+        Args:
+            closure: zeroes gradients, runs forward and backward, and returns the loss; None: backward has run already.
+
+        Returns:
+            The loss of this worker that the closure returned; None without a closure.
+
         Raises:
-            ArgumentError: a closure was given.
+            ArgumentError: parameters were written outside a step, see `broadcast_parameters`.
             ClosedError: `finish()` was called.
             RankFailedError: a thread of this process ended by an exception, or another rank has died.
         """
@@ -146,10 +156,18 @@ class Worker(FlatParameters):
         failed = exit_protocol.thread_failure()
         if failed is not None:  # no message of a step would tell the other ranks: the end of this rank does
             raise RankFailedError(f"rank {self._ranks.rank}: {failed}")
-        self._local_step()
-        self.statistics.steps += 1
-        self._steps += 1
-        self._exchange_if_due()
+        self._refuse_written()
+        count = self._begin_step(closure)
+        if count != 0:
+            try:
+                self._local_step()
+                self._end_count(count)
+                self.statistics.steps += 1
+                self._steps += 1
+                self._exchange_if_due()
+            finally:
+                self._writes.note()
+        return self._end_step()
 
     def center(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Returns the clock and a copy of the center variable, by parameter name; one-sided, not a collective."""
@@ -157,15 +175,22 @@ class Worker(FlatParameters):
         return clock, self.named(pulled)
 
     def snapshot(self) -> tuple[int, Flat]:
-        """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there."""
+        """Returns the clock and a copy of the flat center, exact; one-sided. After `finish()`, as they were there.
+
+        Raises:
+            ArgumentError: parameters were written outside a step: the center does not know of it.
+        """
+        runtime.refuse_forked()
         if self._last is not None:
             return self._last
+        self._refuse_written()
         self._await_exchange()
         pulled = self._new()
         return self._center.pull(pulled), pulled
 
     def sums(self) -> Flat | None:
         """Returns a copy of the sums that lie with the center (Adagrad's), flat, or None; one-sided."""
+        runtime.refuse_forked()
         if self._last is not None:
             return self._last_sums
         self._await_exchange()
@@ -184,6 +209,18 @@ class Worker(FlatParameters):
         self._ranks.barrier("restoring the center")  # before it no worker may commit, nor pull
         self._pull()
 
+    def _give_up_steps(self) -> None:
+        self._center.start_progress()  # it ended if `finish()` has refused what was written
+        self._await_exchange()
+        self._overlap.take()
+        self._client.ssp.leave()  # no worker waits for one that has come here
+
+    def _start_anew(self, values: Flat) -> None:
+        self._center.overwrite(values)
+        self._client.start_anew()
+        self._give_back(self._start)
+        self._start, self._steps = values, 0
+
     @property
     def exchanged(self) -> bool:
         """Whether this worker took no local step since its last exchange."""
@@ -198,7 +235,12 @@ class Worker(FlatParameters):
 
         The steps since the last exchange are committed, all workers are waited for, and every rank's parameters become
         the center as it then is.
+
+        Raises:
+            ArgumentError: parameters were written outside a step, see `broadcast_parameters`; the same error comes on
+                every rank, as a MismatchError on ranks that have written none.
         """
+        runtime.refuse_forked()
         if not self._finished:
             self._center.start_progress()  # it ended if an earlier finish() failed, and other ranks need it to pull
         try:
@@ -208,11 +250,17 @@ class Worker(FlatParameters):
             self._center.end_progress()
 
     def _close(self) -> None:
-        self._settle()
-        if self._steps:
-            self._exchange()
+        number = self._writes.check()
+        error = self._writes.describe_error(number) if number else None
+        if error is None:
+            self._settle()
+            if self._steps:
+                self._exchange()
+        elif self._client.others_need_it:
+            raise error
         self._client.ssp.leave()
-        self._ranks.barrier("finish")  # after it every commit has landed: each rank flushed its own
+        # After it every commit has landed: each rank flushed its own.
+        state.agree(self._ranks, f"finish of mpidl.{type(self).__name__}", {}, error)
         if self._client.replay is not None:
             self._client.replay.close()
         self._last_own, self._last_sums = self._own(), self._center.sums()
@@ -299,3 +347,4 @@ class Worker(FlatParameters):
         else:  # local steps start from what is rounded to the model's dtype; only what they move is committed
             self._start = self._flat()
         self._give_back(before, *([values] if given and self._start is not values else []))
+        self._writes.note()

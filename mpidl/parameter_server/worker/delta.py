@@ -12,6 +12,7 @@ import torch
 from mpidl.collectives.communicator import Communicator
 from mpidl.optim import flat
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeInt, PositiveInt, given
 from mpidl.parameter_server.worker import overlap as overlapping
 from mpidl.parameter_server.worker.base import Worker
@@ -45,7 +46,7 @@ class DeltaWorker(Worker):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 5,
         overlap: NonNegativeInt = 0,

@@ -76,6 +76,16 @@ class Client:
         """Returns the ordered section: with `MPIDL_REPLAY` one worker at a time is in it, in the log's order."""
         return nullcontext() if self.replay is None else self.replay.ordered()
 
+    @property
+    def others_need_it(self) -> bool:
+        """Whether other workers wait for the exchanges of this one that a log has."""
+        return self.replay is not None and self.replay.follows
+
+    def start_anew(self) -> None:
+        """Begins a window from a center on which all workers agree; each calls it while no exchange is under way."""
+        self.ssp.join()
+        self.took_over(self.seen.pulled(self.center.clock.landed()).others, window_begins=True)
+
     def pass_stop_request_on(self) -> None:
         """Tells all workers that this one wishes to stop, if it does."""
         if self.stop_wished:

@@ -96,6 +96,11 @@ class Replay:
         self._places = [place for place, rank in enumerate(log.order or ()) if rank == ranks.rank]
         self._taken: list[int] = []
 
+    @property
+    def follows(self) -> bool:
+        """Whether the order of a log is followed, and none is recorded."""
+        return not self._recording
+
     @contextmanager
     def ordered(self) -> Iterator[None]:
         """The ordered section: holds the token during one exchange of this worker.

@@ -62,6 +62,12 @@ class SSP:
         if self.bounded:
             self._clock.leave()
 
+    def join(self) -> None:
+        """Counts from 0 again, after `leave`; all workers do, and a barrier must follow before the next exchange."""
+        if self.bounded:
+            self._exchanges = 0
+            self._clock.join()
+
     def take_seconds(self) -> float:
         """Returns the seconds waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0

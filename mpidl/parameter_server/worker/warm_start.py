@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from mpidl.mpi.waiting import Backoff
+from mpidl.optim import models
+from mpidl.optim.module_calls import ModuleCalls
 from mpidl.parameter_server.center.clock import Clock
 
 
@@ -36,7 +38,8 @@ class WarmStart:
         self._clock, self._look, self._pull = clock, look, pull
         self._left = steps if leads else 0
         self._waits = steps > 0 and not leads
-        self._hook = model.register_forward_pre_hook(_BeforeForward(self)) if self._waits else None
+        called = models.called(model) if self._waits else []
+        self._calls = [ModuleCalls(module, before=self._before_forward) for module in called]
 
     @property
     def leading(self) -> bool:
@@ -70,20 +73,10 @@ class WarmStart:
 
     def _stop_waiting(self) -> None:
         self._waits = False
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for calls in self._calls:
+            calls.remove()
+        self._calls.clear()
 
-
-class _BeforeForward:
-    """The model's hook. It must not tie the model to this process: in a copy or a pickle of it, it does nothing."""
-
-    def __init__(self, warm: WarmStart | None = None) -> None:
-        self._warm = warm
-
-    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
-        return _BeforeForward, ()
-
-    def __call__(self, model: torch.nn.Module, inputs: Any) -> None:
-        if self._warm is not None and torch.is_grad_enabled():
-            self._warm.join()
+    def _before_forward(self) -> None:
+        if torch.is_grad_enabled():
+            self.join()

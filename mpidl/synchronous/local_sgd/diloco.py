@@ -9,6 +9,7 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeFloat, PositiveFloat, PositiveInt, given
 from mpidl.synchronous.local_sgd.periodic import Periodic
 
@@ -30,7 +31,7 @@ class DiLoCo(Periodic):
     Args:
         optimizer: takes the local steps; any torch optimiser over parameters of `model` only. Its state stays with its
             rank.
-        model: its parameters and buffers are broadcast from rank 0, in place.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
         communication_window: local steps between two outer steps (H), 1 or more; 500 in the paper.
         outer_lr: learning rate of the outer step, above 0; 0.7 in the paper.
         outer_momentum: momentum of the outer step, 0 or more; 0.9 in the paper.
@@ -48,7 +49,7 @@ class DiLoCo(Periodic):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 500,
         outer_lr: PositiveFloat = 0.7,
@@ -79,6 +80,9 @@ class DiLoCo(Periodic):
         theta = (1 - self._lr) * delta - self._lr * self._momentum * velocity
         theta += mean
         return theta, velocity
+
+    def _start_anew(self, values: Flat) -> None:
+        self._window_start = values
 
     def common_state(self) -> dict[str, Flat]:
         return {"velocity": self._velocity_at_finish.copy()}

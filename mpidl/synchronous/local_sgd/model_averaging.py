@@ -6,6 +6,7 @@ import torch
 
 from mpidl.collectives.communicator import Communicator
 from mpidl.optim.flat import Flat
+from mpidl.optim.models import Model
 from mpidl.optim.validation import NonNegativeInt, PositiveInt, given
 from mpidl.synchronous.local_sgd.periodic import Periodic
 
@@ -26,7 +27,7 @@ class ModelAveraging(Periodic):
     Args:
         optimizer: takes the local steps; any torch optimiser over parameters of `model` only. Its state stays with its
             rank.
-        model: its parameters and buffers are broadcast from rank 0, in place.
+        model: a module, or a list of modules and parameters; parameters and buffers are broadcast from rank 0 in place.
         communication_window: local steps between two averagings, 1 or more; 16 as in Lin et al.
         warmup_steps: number of first steps that average gradients instead, 0 or more.
         comm: communicator of the ranks that train together; default `mpidl.world()`.
@@ -40,10 +41,12 @@ class ModelAveraging(Periodic):
         MismatchError: the ranks gave different models, hyperparameters or arguments.
     """
 
+    _takes_writes = True
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module,
+        model: Model,
         *,
         communication_window: PositiveInt = 16,
         warmup_steps: NonNegativeInt = 0,

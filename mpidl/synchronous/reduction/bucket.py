@@ -17,7 +17,9 @@ import torch
 from mpidl.arrays.layout import Bucket
 from mpidl.arrays.packing import Table
 from mpidl.collectives import Collectives, GatherList
+from mpidl.errors import DtypeError
 from mpidl.mpi import topology
+from mpidl.optim.signature import facts_of
 from mpidl.optim.state import memory_order
 from mpidl.synchronous.reduction.result_buffer import ResultBuffer
 from mpidl.synchronous.reduction.trailer import Trailer
@@ -40,6 +42,8 @@ class BucketMemory:
         bucket: as given.
         nbytes: bytes that one reduction takes from this rank.
         packed: indices of the parameters whose gradients were added in this round.
+        patient: whether the bucket waits for the end of backward, since gradients have changed after its launch before.
+        refused: what is wrong with a gradient that was added in this round; None: nothing.
         replaced: gradients that backward made and `write_back` replaced. Their memory is not given back at once: malloc
             would return it to the system, and the next backward would pay for every page again. `Reducer` clears the
             list when training without mpidl would give the memory back.
@@ -50,10 +54,13 @@ class BucketMemory:
     def __init__(self, bucket: Bucket, parameters: list[torch.nn.Parameter], collectives: Collectives) -> None:
         self.bucket = bucket
         self.packed: set[int] = set()
+        self.patient = False
+        self.refused: DtypeError | None = None
         self.replaced: list[torch.Tensor | None] = []
         self._parameters, self._collectives = parameters, collectives
         self._reusable = False  # whether a view of the result can be a gradient
         self._gradients: dict[int, torch.Tensor | None] = {}
+        self._noted: dict[int, tuple[torch.Tensor, int]] = {}  # gradients as they were added, with their versions
         self._weight = 1
         self._request: Any = None  # of the reduction under way
         self._last: Any = None  # the same request, until the next round begins
@@ -63,11 +70,16 @@ class BucketMemory:
         orders = {index: memory_order(parameters[index]) for index in bucket.members}
         self._orders = {index: order for index, order in orders.items() if order != tuple(range(len(order)))}
         self._strides = {index: _strides(parameters[index].shape, order) for index, order in orders.items()}
+        first = parameters[bucket.members[0]]
+        self._facts_of, dtype = facts_of(first.is_cpu, of_gradient=True), getattr(torch, bucket.layout.dtype)
+        place = first.is_cpu or first.device
+        self._facts = {i: (parameters[i].shape, dtype, place, torch.strided) for i in bucket.members}
         self._allocate(np.dtype("float64" if bucket.layout.dtype == "float64" else "float32"))
 
     def _allocate(self, dtype: np.dtype[Any]) -> None:
         self._result = ResultBuffer(self.bucket.layout.count, dtype)
         self._reusable = dtype.name == self.bucket.layout.dtype
+        self._strides = {index: [step * dtype.itemsize for step in steps] for index, steps in self._strides.items()}
         self.nbytes = self._result.array.nbytes
 
     # Within a round, in this order.
@@ -81,28 +93,59 @@ class BucketMemory:
         self.replaced.clear()
         self.packed.clear()
         self._gradients.clear()
-        self._last = None
+        self._noted.clear()
+        self.refused = self._last = None
         self._weight = weight
 
     def add(self, index: int, gradient: torch.Tensor | None) -> None:
         """Notes one parameter's gradient; only while no reduction of the bucket is under way.
 
         None counts as zeros, and so does every gradient of a rank of weight 0: not even its NaN may reach other ranks.
+        A gradient that does not fit its place counts as zeros too, and is noted in `refused`.
         """
         self.packed.add(index)
-        self._gradients[index] = gradient if self._weight else None
+        if gradient is None or not self._weight:
+            self._gradients[index] = None
+            return
+        if self._facts_of(gradient) != self._facts[index]:
+            self.refused, self._gradients[index] = self._misfit(index, gradient), None
+            return
+        self._gradients[index] = gradient
+        self._noted[index] = gradient, gradient._version
+
+    def fits(self, index: int, gradient: torch.Tensor) -> bool:
+        """Returns whether a gradient has the shape, the dtype, the layout and the device that the bucket expects."""
+        return self._facts_of(gradient) == self._facts[index]
+
+    def _misfit(self, index: int, gradient: torch.Tensor) -> DtypeError:
+        name = self._slots[index].name
+        if gradient.layout is not torch.strided:
+            return DtypeError(f"parameter {name} has a sparse gradient, which cannot be reduced")
+        found = f"{gradient.dtype}, shape {tuple(gradient.shape)}, on {gradient.device}"
+        shape, dtype, *_ = self._facts[index]
+        return DtypeError(f"the gradient of parameter {name} is {found}; expected {dtype}, shape {tuple(shape)}")
+
+    def changed(self) -> bool:
+        """Returns whether a gradient has been written or replaced since it was added."""
+        parameters = self._parameters
+        return any(parameters[i].grad is not one or one._version != seen for i, (one, seen) in self._noted.items())
+
+    def forget(self) -> None:
+        """Forgets the gradients that were added, of which none is being reduced, to add those that are there now."""
+        self.packed.clear()
+        self._noted.clear()
 
     def add_missing(self, *, again: bool) -> None:
         """Adds the gradients, or None, of all parameters that were not added yet; `again`: of all parameters."""
         if again:
-            self.packed.clear()
+            self.forget()
         for index in self.bucket.members:
             if index not in self.packed:
                 self.add(index, self._parameters[index].grad)
 
     def ready(self) -> bool:
         """Returns whether the bucket is full and can be launched; never blocks."""
-        return len(self.packed) == len(self.bucket.members)
+        return not self.patient and len(self.packed) == len(self.bucket.members)
 
     def launch(self, signature: tuple[int, int], total: int) -> None:
         """Starts the mean over all ranks, by weight; all ranks launch their buckets in the same order.
@@ -144,27 +187,31 @@ class BucketMemory:
         """Returns the parameters whose earlier reduced gradient is not in `p.grad` and must be added to the result."""
         return ()
 
-    def write_back(self, trailer: Trailer, *, stepping: bool, made: Set[int]) -> None:
+    def write_back(self, trailer: Trailer, *, stepping: bool, made: Set[int], given: Set[int]) -> None:
         """Makes the reduced gradients those of the parameters.
 
         Args:
             trailer: a parameter that no rank used keeps its gradient (mostly None).
             stepping: whether this rank brought gradients.
             made: parameters that had no gradient before this backward, so that nobody else holds the present one.
+            given: parameters whose gradient the user has set to a tensor that may be another model's: it is replaced
+                and not written.
         """
-        gradients, result, used = {}, None, trailer.used
+        gradients, used, result = {}, trailer.used, None
         for index in self.bucket.members if stepping else ():
             if not used[index]:
                 continue
             parameter = self._parameters[index]
             gradient = parameter.grad
-            if self._reusable and (gradient is None or (index in made and not gradient.requires_grad)):
-                result = self._result.as_tensor() if result is None else result
+            replaceable = gradient is None or index in given or (index in made and not gradient.requires_grad)
+            if self._reusable and replaceable:
+                result = self._result.lend() if result is None else result
                 self.replaced.append(gradient)
-                parameter.grad = result.as_strided(parameter.shape, self._strides[index], self._slots[index].offset)
+                parameter.grad = result.tensor(parameter.shape, self._strides[index], self._slots[index].offset)
                 continue
-            if gradient is None:
-                gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False)
+            if gradient is None or index in given:
+                dtype = self._facts[index][1]
+                gradient = parameter.grad = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
             gradients[index] = gradient
         if gradients:
             self._overwrite(gradients)
@@ -181,7 +228,10 @@ class BucketMemory:
                 continue
             if index in self._orders or not gradient.is_contiguous():
                 gradient = self._in_order(index, gradient).contiguous()
-            addresses.append(gradient.data_ptr())
+            address = gradient.data_ptr()
+            if not address and gradient.numel():
+                self.refused = DtypeError(f"the gradient of parameter {self._slots[index].name} has lost its memory")
+            addresses.append(address)
             present.append(gradient)
         return GatherList(self._table, addresses, self.bucket.layout.dtype, float(self._weight), present)
 

@@ -10,7 +10,8 @@ import numpy as np
 from mpidl.arrays import view as arrays
 from mpidl.arrays.layout import Bucket, Tensor, buckets, fingerprint
 from mpidl.collectives import Collectives
-from mpidl.optim.state import Named, dtype_name
+from mpidl.optim.signature import gradient_dtype
+from mpidl.optim.state import Named
 from mpidl.synchronous.reduction.bucket import BucketMemory
 from mpidl.synchronous.reduction.device_bucket import DeviceBucketMemory
 
@@ -32,7 +33,8 @@ def cut_into_buckets(named: Named, nbytes: int, order: Sequence[int] | None = No
         nbytes: largest size of a bucket, unless a single parameter is larger.
         order: indices of the parameters in the order in which their gradients arrive; None: the last one first.
     """
-    return buckets([Tensor(name, tuple(p.shape), dtype_name(p)) for name, p in named], nbytes, order)
+    tensors = [Tensor(name, tuple(p.shape), str(gradient_dtype(p)).removeprefix("torch.")) for name, p in named]
+    return buckets(tensors, nbytes, order)
 
 
 def make_buckets(

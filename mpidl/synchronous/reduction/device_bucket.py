@@ -47,7 +47,7 @@ class DeviceBucketMemory(BucketMemory):
     def add(self, index: int, gradient: torch.Tensor | None) -> None:
         super().add(index, gradient)
         self._streams.add(self._device.current_stream("torch"))
-        if super().ready():
+        if len(self.packed) == len(self.bucket.members):
             self._gather()
 
     def _gather(self) -> None:
@@ -70,7 +70,7 @@ class DeviceBucketMemory(BucketMemory):
         self._copied = self._read = device.record(device.side)
 
     def ready(self) -> bool:
-        return self._copied is not None and self._copied.Test()
+        return not self.patient and self._copied is not None and self._copied.Test()
 
     def launch(self, signature: tuple[int, int], total: int) -> None:
         if self._copied is not None:

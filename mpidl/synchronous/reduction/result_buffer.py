@@ -5,13 +5,34 @@ A user who keeps such a tensor, or a view of the tensor, keeps its values: the n
 
 from __future__ import annotations
 
+import ctypes
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpidl.arrays import view as arrays
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Memory of a result to which tensors refer."""
+
+    alias: Any
+    dtype: np.dtype[Any]
+
+    def tensor(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> torch.Tensor:
+        """Returns a part of the result as a tensor with a storage of its own: who saves the tensor saves no more.
+
+        Args:
+            shape: of the tensor.
+            strides: of its dimensions, in bytes.
+            offset: of its first element.
+        """
+        return torch.from_numpy(np.ndarray(shape, self.dtype, self.alias, offset * self.dtype.itemsize, strides))
 
 
 class ResultBuffer:
@@ -33,11 +54,11 @@ class ResultBuffer:
         # The memory of an earlier result to which a tensor still referred when `recycle` last looked.
         self._other: tuple[np.ndarray[Any, Any], weakref.ref[Any] | None] | None = None
 
-    def as_tensor(self) -> torch.Tensor:
-        """Returns the result in `array` as a flat tensor, for the caller to make views of; once per result."""
-        alias = self.array.view()
-        self._tensor = weakref.ref(alias)  # the tensor's storage holds `alias`, and each view holds the storage
-        return torch.from_numpy(alias)
+    def lend(self) -> Lent:
+        """Returns the memory of the result in `array`, for tensors to be made of; once per result."""
+        alias = (ctypes.c_char * self.array.nbytes).from_buffer(self.array.data)
+        self._tensor = weakref.ref(alias)  # each tensor's storage holds `alias`, and each view holds the storage
+        return Lent(alias, self.array.dtype)
 
     def recycle(self) -> None:
         """Makes `array` memory to which no tensor refers: the same memory, the one before, or new memory."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpidl.collectives import Collectives
+from mpidl.optim.state import agree
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Trailer:
     carried: Sequence[bool]  # of each parameter, whether its earlier reduced gradient is added to the result
     late: list[int]  # numbers of the buckets that changed after their launch
     nonfinite: bool  # some gradient that was reduced held an infinity or a NaN
+    refused: bool  # some gradient cannot be reduced
 
 
 class StepTrailer:
@@ -38,12 +40,14 @@ class StepTrailer:
 
     def __init__(self, collectives: Collectives, parameters: int, buckets: int) -> None:
         self._collectives, self._parameters, self._buckets = collectives, parameters, buckets
-        self._all_used = self._packed(range(parameters), (), (), False)
+        self._all_used = self._packed(range(parameters), (), ())
         self._everyone = np.empty((collectives.topology.size, self._all_used.size), np.uint8)
         self._usual_bytes = self._all_used.tobytes() * collectives.topology.size
         self._usual = self._unpacked(self._all_used)
 
-    def exchange(self, used: Set[int], carried: Iterable[int], late: Set[int], nonfinite: bool) -> Trailer:
+    def exchange(
+        self, used: Set[int], carried: Iterable[int], late: Set[int], *, nonfinite: bool, refused: bool
+    ) -> Trailer:
         """Returns what at least one rank says; a collective.
 
         Args:
@@ -51,10 +55,11 @@ class StepTrailer:
             carried: indices of the parameters whose earlier reduced gradient this rank adds.
             late: numbers of the buckets that changed on this rank after their launch.
             nonfinite: whether a gradient of this rank held an infinity or a NaN.
+            refused: whether a gradient of this rank cannot be reduced.
         """
         carried = tuple(carried)
-        usual = len(used) == self._parameters and not (carried or late or nonfinite)
-        mine = self._all_used if usual else self._packed(used, carried, late, nonfinite)
+        usual = len(used) == self._parameters and not (carried or late or nonfinite or refused)
+        mine = self._all_used if usual else self._packed(used, carried, late, nonfinite, refused)
         ranks = self._collectives.topology
         sequence = ranks.begin()
         request = self._collectives.start_words_gather(mine, self._everyone)
@@ -63,18 +68,26 @@ class StepTrailer:
             return self._usual
         return self._unpacked(np.bitwise_or.reduce(self._everyone, axis=0))
 
+    def refuse(self, error: Exception | None) -> None:
+        """Raises, on every rank, that some gradient cannot be reduced; a collective.
+
+        Args:
+            error: what is wrong with this rank's gradient; None: nothing.
+        """
+        agree(self._collectives.topology, "the reduction of gradients", {}, error)
+
     def _packed(
-        self, used: Iterable[int], carried: Iterable[int], late: Iterable[int], nonfinite: bool
+        self, used: Iterable[int], carried: Iterable[int], late: Iterable[int], *last: bool
     ) -> np.ndarray[Any, Any]:
-        flags = np.zeros(2 * self._parameters + self._buckets + 1, np.uint8)
+        flags = np.zeros(2 * self._parameters + self._buckets + 2, np.uint8)
         flags[list(used)] = 1
         flags[[self._parameters + index for index in carried]] = 1
         flags[[2 * self._parameters + number for number in late]] = 1
-        flags[-1] = nonfinite
+        flags[-2:] = last or False
         return np.packbits(flags)
 
     def _unpacked(self, agreed: np.ndarray[Any, Any]) -> Trailer:
         count = self._parameters
-        flags = np.unpackbits(agreed, count=2 * count + self._buckets + 1).astype(bool).tolist()
-        late = [number for number, flag in enumerate(flags[2 * count : -1]) if flag]
-        return Trailer(flags[:count], flags[count : 2 * count], late, flags[-1])
+        flags = np.unpackbits(agreed, count=2 * count + self._buckets + 2).astype(bool).tolist()
+        late = [number for number, flag in enumerate(flags[2 * count : -2]) if flag]
+        return Trailer(flags[:count], flags[count : 2 * count], late, *flags[-2:])

@@ -1,9 +1,8 @@
 """The memory of a bucket of which each rank receives its own block only: the gradients of its pieces.
 
-A parameter's `grad` is then a NaN of the parameter's shape, without memory of its own: the *mark*, which stands for the
-reduced gradient. torch's own clipping, and whatever else writes to a mark, raises. The next backward finds the mark and
-puts zeros in its place, so that autograd can add this rank's new gradient; the gradient that was reduced before is then
-*carried*: added to the result.
+A parameter's `grad` is then a *mark*, which stands for the reduced gradient (`mark`). The next backward finds the mark
+and puts zeros in its place, so that autograd can add this rank's new gradient; the gradient that was reduced before is
+then *carried*: added to the result.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from mpidl.arrays.packing import Table
 from mpidl.collectives import Collectives, Shards
 from mpidl.synchronous.reduction.bucket import BucketMemory
 from mpidl.synchronous.reduction.trailer import Trailer
+from mpidl.synchronous.sharded.mark import Mark, Parts
 from mpidl.synchronous.sharded.partition import Partition
 from mpidl.synchronous.sharded.weights import Weights
 
@@ -32,14 +32,17 @@ class ShardedBucketMemory(BucketMemory):
         weights: whose pieces get the gradients.
         shards: the ranks' groups and lanes.
         collectives: of all ranks.
+        parts: what the marks stand for.
     """
 
-    def __init__(self, partition: Partition, weights: Weights, shards: Shards, collectives: Collectives) -> None:
+    def __init__(
+        self, partition: Partition, weights: Weights, shards: Shards, collectives: Collectives, parts: Parts
+    ) -> None:
         self._partition, self._shards, self._pieces = partition, shards, weights.pieces
-        self._segments = partition.segments()
+        self._segments, self._parts = partition.segments(), parts
         super().__init__(partition.bucket, weights.parameters, collectives)
         self._table = Table(self._segments.counts, self._segments.offsets)
-        self._marks = {index: _nan_like(weights.parameters[index]) for index in partition.bucket.members}
+        self._marks = {index: Mark(weights.parameters[index], index, parts) for index in partition.bucket.members}
         self._fresh: dict[int, torch.Tensor] = {}  # gradients that began as zeros, in place of a mark
         self._handles = [
             weights.parameters[i].register_hook(partial(self._before_gradient, i))  # type: ignore[no-untyped-call]
@@ -80,7 +83,7 @@ class ShardedBucketMemory(BucketMemory):
         source = self._gather_list(self._segments.members)
         self._track(self._shards.start_reduce(signature, source, view.view(self._receive), total))
 
-    def write_back(self, trailer: Trailer, *, stepping: bool, made: Set[int]) -> None:
+    def write_back(self, trailer: Trailer, *, stepping: bool, made: Set[int], given: Set[int]) -> None:
         received = torch.from_numpy(self._receive)
         begin = self._shards.block * self._partition.size
         for index, slot in self._partition.slots.items():
@@ -99,6 +102,7 @@ class ShardedBucketMemory(BucketMemory):
             else:
                 self._mark_again(index)
         self._fresh.clear()
+        self._parts.changed()
 
     def _mark_again(self, index: int) -> None:
         """Takes zeros away to which no backward has added a gradient (`torch.autograd.grad` calls the hook too)."""
@@ -120,7 +124,3 @@ class ShardedBucketMemory(BucketMemory):
             if self._parameters[index].grad is mark:
                 self._parameters[index].grad = None
         self._receive = np.empty(0, self._receive.dtype)
-
-
-def _nan_like(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)

@@ -9,27 +9,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 import torch
 
 from mpidl.collectives import Collectives, Shards
-from mpidl.optim import state
+from mpidl.mpi import runtime
+from mpidl.optim import models, state
 from mpidl.optim.state import Named
 from mpidl.synchronous.reduction.buckets import cut_into_buckets
-from mpidl.synchronous.reduction.header import CLIPPING, GATHERING, UPDATING, Header
+from mpidl.synchronous.reduction.header import CLIPPING, GATHERING, NORMING, UNSCALING, UPDATING, Header
 from mpidl.synchronous.reduction.reducer import Reducer
 from mpidl.synchronous.reduction.statistics import Statistics
 from mpidl.synchronous.sharded.bucket import ShardedBucketMemory
+from mpidl.synchronous.sharded.mark import Change
 from mpidl.synchronous.sharded.optimizer import PieceOptimizer
 from mpidl.synchronous.sharded.partition import partition_bucket
 from mpidl.synchronous.sharded.weights import Weights
 
-_weights: WeakKeyDictionary[torch.nn.Module, Weights] = WeakKeyDictionary()
+_shared: WeakSet[Weights] = WeakSet()
 
 
 class Sharded:
@@ -53,6 +55,8 @@ class Sharded:
     ) -> None:
         self._collectives, self._inner = collectives, optimizer
         self._shards = Shards(collectives)
+        self._known_norms: dict[float, dict[int, float]] = {}
+        self._changes: list[Change] = []  # since the last announcement
         try:
             cut = cut_into_buckets(trained, bucket_nbytes)
             partitions = tuple(partition_bucket(bucket, collectives.topology.size) for bucket in cut)
@@ -61,16 +65,16 @@ class Sharded:
             self._shards.free()
             raise
         self._memories = [
-            ShardedBucketMemory(partition, self.weights, self._shards, collectives) for partition in partitions
+            ShardedBucketMemory(partition, self.weights, self._shards, collectives, self) for partition in partitions
         ]
         self._optimizer = PieceOptimizer(optimizer, self.weights, self._shards)
         self._reducer: Reducer
-        _weights[model] = self.weights
+        _shared.add(self.weights)
 
-    def reducer(self, named: Named, bucket_nbytes: int, statistics: Statistics) -> Reducer:
-        """Returns the reducer that gives each rank the gradients of its pieces."""
+    def reducer(self, named: Named, bucket_nbytes: int, statistics: Statistics, **seen: Any) -> Reducer:
+        """Returns the reducer that gives each rank the gradients of its pieces; `seen` are its further arguments."""
         self._reducer = Reducer(
-            self._collectives, named, bucket_nbytes, statistics, memories=self._memories, check=self.weights
+            self._collectives, named, bucket_nbytes, statistics, memories=self._memories, check=self.weights, **seen
         )
         return self._reducer
 
@@ -99,19 +103,27 @@ class Sharded:
     def answer(self, header: Header) -> None:
         """Does this rank's part of what the other ranks do, while this rank is in `finish()`."""
         arguments = self._arguments(header, {})
+        for change in arguments["changes"]:
+            self._apply(Change(*change))
         if header.doing == UPDATING:
             state.take_hyperparameters(self._inner, arguments["groups"])
             self._update(arguments["dropped"])
         elif header.doing == CLIPPING:
             self._clip(arguments["dropped"], arguments["max_norm"])
+        elif header.doing == NORMING:
+            self._norms(arguments["dropped"], float(arguments["order"]))
+        elif header.doing == UNSCALING:
+            self._unscale(arguments["indices"], arguments["scale"])
         else:
             self._optimizer.full_state_dict()
 
     def _arguments(self, header: Header, mine: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments: those of the first rank outside `finish()`, where some rank is in `finish()`."""
+        changes, self._changes = self._changes, []
         if not header.finished:
             return mine
         ranks = self._collectives.topology
+        mine["changes"] = changes
         texts = ranks.gather_bytes(json.dumps(mine).encode(), "answering for a rank in finish()")
         arguments: dict[str, Any] = json.loads(next(t for r, t in enumerate(texts) if r not in header.finished))
         return arguments
@@ -143,19 +155,87 @@ class Sharded:
             g for piece in self.weights.pieces.values() if (g := piece.tensor.grad) is not None and piece.owned
         ]
         squares = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients]
-        ranks = self._collectives.topology
-        everyone = np.empty((ranks.size, 1))
-        sequence = ranks.begin()
-        ranks.wait(self._collectives.start_words_gather(np.array([sum(squares)]), everyone), "clipping", sequence)
-        norm = float(everyone.sum()) ** 0.5
+        norm = float(self._gathered(np.array([sum(squares)]), "clipping").sum()) ** 0.5
+        self.changed()
         scale = min(1.0, max_norm / (norm + 1e-6)) if not math.isnan(norm) else norm
         if scale != 1.0:
             for gradient in gradients:
                 gradient.mul_(scale)
         return torch.tensor(norm, dtype=self.weights.parameters[0].dtype)
 
+    # What marks stand for, see `mark.Parts`.
+
+    def name(self, index: int) -> str:
+        """Returns a parameter's name."""
+        return self.weights.names[index]
+
+    def change(self, change: Change) -> None:
+        """Changes gradients, on this rank its own parts; ranks in `finish()` follow with the next announcement."""
+        self.changed()
+        self._changes.append(change)
+        self._apply(change)
+
+    def _apply(self, change: Change) -> None:
+        gradients = self._present(change.indices)
+        if gradients:
+            change.apply(gradients)
+
+    def norms(self, order: float) -> dict[int, float]:
+        """Returns the norms of the gradients of all parameters, by index; a collective if gradients have changed."""
+        if order not in self._known_norms:
+            dropped, error = self._gradients()
+            header = self._reducer.announce(NORMING, error)
+            arguments = self._arguments(header, {"dropped": dropped, "order": str(order)})
+            self._known_norms[order] = self._norms(arguments["dropped"], order)
+        return self._known_norms[order]
+
+    def _norms(self, dropped: list[int], order: float) -> dict[int, float]:
+        self._drop(dropped)
+        beyond = abs(order) == math.inf  # the norm is the largest or the smallest magnitude, otherwise a sum's root
+        mine = np.full(len(self.weights.parameters), -order if beyond and order < 0 else 0.0)
+        for index, piece in self.weights.pieces.items():
+            if piece.owned and piece.tensor.grad is not None:
+                norm = float(torch.linalg.vector_norm(piece.tensor.grad, order, dtype=_wide(piece.tensor)))
+                mine[index] = norm if beyond or order == 0 else norm**order
+        everyone = self._gathered(mine, "norms of gradients")
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            found = (everyone.max(0) if order > 0 else everyone.min(0)) if beyond else everyone.sum(0)
+            found = found if beyond or order == 0 else found ** (1 / order)
+        return dict(enumerate(found.tolist()))
+
+    def changed(self) -> None:
+        """Forgets the norms of gradients that have changed; alike on all ranks."""
+        self._known_norms.clear()
+
+    def unscale(self, indices: Sequence[int], scale: float) -> bool:
+        """Multiplies gradients; returns whether some rank has found one that was not finite. A collective."""
+        header = self._reducer.announce(UNSCALING)
+        arguments = self._arguments(header, {"indices": list(indices), "scale": scale})
+        return self._unscale(arguments["indices"], arguments["scale"])
+
+    def _unscale(self, indices: Sequence[int], scale: float) -> bool:
+        self.changed()
+        found, gradients = torch.zeros(()), self._present(indices)
+        if gradients:
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.tensor(scale))
+        return bool(self._gathered(np.array([float(found)]), "looking for infinities").any())
+
+    def _present(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Returns this rank's parts of the gradients of some parameters."""
+        pieces = (self.weights.pieces[index] for index in indices)
+        return [g for piece in pieces if piece.owned and (g := piece.tensor.grad) is not None]
+
+    def _gathered(self, mine: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, Any]:
+        """Returns the numbers of all ranks; a collective."""
+        ranks = self._collectives.topology
+        everyone = np.empty((ranks.size, mine.size))
+        sequence = ranks.begin()
+        ranks.wait(self._collectives.start_words_gather(mine, everyone), what, sequence)
+        return everyone
+
     def zero_grad(self) -> None:
         """Forgets the gradients of the pieces."""
+        self.changed()
         for piece in self.weights.pieces.values():
             piece.tensor.grad = None
 
@@ -176,8 +256,12 @@ class Sharded:
         self._shards.free()
 
 
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
 @contextmanager
-def exclusive(model: torch.nn.Module) -> Iterator[bool]:
+def exclusive(model: models.Model) -> Iterator[bool]:
     """Lets one rank write parameters of `model` that several ranks share under `mpidl.Synchronous(shard=True)`.
 
     Write in `with mpidl.exclusive(model) as mine:`, and there under `if mine:`. The block begins when all ranks that
@@ -185,10 +269,11 @@ def exclusive(model: torch.nn.Module) -> Iterator[bool]:
     shares, `mine` is True on every rank and nothing waits. A collective under `shard=True`.
 
     Args:
-        model: the one that the optimiser was given.
+        model: the one that the optimiser was given, or a part of it: a module, or a list of modules and parameters.
     """
-    weights = _weights.get(model)
-    if weights is None or weights.released:
+    runtime.refuse_forked()
+    weights = _weights_of(models.together(model))
+    if weights is None:
         yield True
         return
     weights.barrier("exclusive")
@@ -197,3 +282,10 @@ def exclusive(model: torch.nn.Module) -> Iterator[bool]:
     finally:
         weights.note_written()
         weights.barrier("exclusive")
+
+
+def _weights_of(model: torch.nn.Module) -> Weights | None:
+    """Returns the shared weights that hold a parameter of the model, if any do."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    found = (weights for weights in _shared if not weights.released)
+    return next((weights for weights in found if any(id(p) in parameters for p in weights.parameters)), None)

@@ -7,6 +7,8 @@ and `describe_error` words the error for all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,8 @@ _ERRORS = {
     ),
     _WRITTEN: (
         "parameter {name} was written in place, by every rank on one memory: write in "
-        "`with mpidl.exclusive(model) as mine:`, and only where `mine` is True"
+        "`with mpidl.exclusive(model) as mine:`, and only where `mine` is True; after a load_state_dict() of the same "
+        "weights on all ranks call broadcast_parameters() on all of them"
     ),
     _GRADIENT: (
         "the gradient of parameter {name} was replaced: with shard=True each rank has the gradients of its own pieces "
@@ -133,6 +136,27 @@ class Weights:
         live = [parameter for parameter in self.parameters if not parameter.is_inference()]
         torch.autograd.graph.increment_version(live)
         self._versions = [parameter._version for parameter in self.parameters]
+
+    @contextmanager
+    def own_memory(self) -> Iterator[None]:
+        """Gives every parameter memory of its own meanwhile; its content then becomes that of the shared memory.
+
+        All ranks that share the memory must hold the same content at the end; one of them writes it.
+        """
+        shared = [parameter.data for parameter in self.parameters]
+        for parameter, view in zip(self.parameters, shared, strict=True):
+            parameter.data = view.clone(memory_format=torch.preserve_format)
+        try:
+            yield
+            self.barrier("copying the weights")  # all have read them
+            if self.writes:
+                for parameter, view in zip(self.parameters, shared, strict=True):
+                    view.copy_(parameter.data)
+        finally:
+            for parameter, view in zip(self.parameters, shared, strict=True):
+                parameter.data = view
+        self.note_written()
+        self.barrier("copying the weights")
 
     def barrier(self, what: str) -> None:
         """Waits until all ranks that share this copy of the weights have come."""
