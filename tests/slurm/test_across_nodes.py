@@ -23,7 +23,7 @@ COUNTING = [
 ]
 
 
-# All four ranks, two on each node: what one rank shows, and three, the suite has shown on nodes of that size.
+# Two and four ranks: one rank is on one node, and nodes of two ranks and of one the suite has shown, as pretended ones.
 SEVERAL = ["-k", "not size1 and not size3"]
 
 

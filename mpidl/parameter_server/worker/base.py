@@ -196,8 +196,7 @@ class Worker(FlatParameters):
     def finish(self) -> None:
         """Ends training; a collective, harmless the second time.
 
-        The steps since the last exchange are committed, all workers are waited for, and every rank's parameters become
-        the center as it then is.
+        Commits the steps since the last exchange, waits for all workers, and makes every rank's parameters the center.
         """
         if not self._finished:
             self._center.start_progress()  # it ended if an earlier finish() failed, and other ranks need it to pull
